@@ -1,0 +1,2 @@
+//! scaffold
+pub fn main() -> std::process::ExitCode { todo!() }

@@ -1,0 +1,5 @@
+//! Calls `cli` and nothing else.
+
+fn main() -> std::process::ExitCode {
+    doublure::cli::main()
+}
