@@ -6,7 +6,13 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
-use crate::model::{EngineKind, Res};
+mod keys;
+mod units;
+
+pub use keys::parse;
+pub use units::{parse_duration, parse_size};
+
+use crate::model::EngineKind;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -17,6 +23,8 @@ pub struct Settings {
     pub host: String,
     /// `state_dir`, default /var/lib/doublure.
     pub state_dir: PathBuf,
+    /// `volume_dir`, default `<state_dir>/volumes`: where the images of volumes and replicas live.
+    pub volume_dir: PathBuf,
     /// `run_dir`, default /run/doublure: the control socket and the device links.
     pub run_dir: PathBuf,
     /// `pin_dir`, default /sys/fs/bpf/doublure.
@@ -25,27 +33,25 @@ pub struct Settings {
     pub listen: Option<String>,
     /// `docker_socket`, default /run/docker.sock.
     pub docker_socket: PathBuf,
-    /// `interval`, default 1 s: between the beginnings of two cuts.
+    /// `interval`, default 1 s, 100 ms to 1 h: between the beginnings of two cuts.
     pub interval: Duration,
-    /// `freeze_deadline`, default 2 s, at most 10 s.
+    /// `freeze_deadline`, default 2 s, 100 ms to 10 s.
     pub freeze_deadline: Duration,
-    /// `cut_max`, default "32 MiB": the set is made at most this large by rounds before a freeze.
+    /// `cut_max`, default "32 MiB", 1 to 256 MiB: the set is made at most this large by rounds before a freeze.
     pub cut_max_bytes: u64,
     /// `journal`, default "1 GiB", at least 16 MiB.
     pub journal_bytes: u64,
-    /// `bandwidth`, default none, bytes a second.
+    /// `bandwidth`, default none, bytes a second, at least 64 KiB.
     pub bandwidth_bytes_per_second: Option<u64>,
     /// `io_engine`, default auto.
     pub io_engine: EngineKind,
     /// `queue_depth`, default 32, 1 to 256.
     pub queue_depth: usize,
-    /// `credit`, default "16 MiB": payload in flight that this host grants as a standby.
+    /// `credit`, default "16 MiB", 1 to 256 MiB: payload in flight that this host grants as a standby.
     pub credit_bytes: u64,
-    /// `health_timeout`, default 60 s.
+    /// `health_timeout`, default 60 s, 1 s to 1 h.
     pub health_timeout: Duration,
 }
 
-/// Parses the text of a configuration file; `name` is shown in errors. `CONFIG_INVALID` with line and key.
-pub fn parse(_text: &str, _name: &str) -> Res<Settings> { todo!() }
-/// Parses a size such as `2G`, `512 MiB`, `1048576`. Binary units; `BAD_ARGUMENT` otherwise.
-pub fn parse_size(_text: &str) -> Res<u64> { todo!() }
+#[cfg(test)]
+mod tests;
