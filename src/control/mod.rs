@@ -37,23 +37,66 @@ pub enum Request {
     /// The status value of design.md section 5.
     Status,
     /// Makes a loop file with a file system and a Docker volume on it.
-    VolumeCreate { name: String, size_bytes: u64, fs: FileSystem, mount_options: String },
+    VolumeCreate {
+        /// Its name, in Docker too.
+        name: String,
+        /// Its size in bytes.
+        size_bytes: u64,
+        /// Its file system.
+        fs: FileSystem,
+        /// Mount options, with commas; empty for none.
+        mount_options: String,
+    },
     /// All volumes of this host.
     VolumeList,
-    /// Removes a volume that no group and no container uses. `confirm` must repeat the name: its data goes.
-    VolumeRemove { name: String, confirm: Option<String> },
+    /// Removes a volume that no group and no container uses.
+    VolumeRemove {
+        /// Its name.
+        name: String,
+        /// Must repeat the name: its data goes.
+        confirm: Option<String>,
+    },
     /// Makes a group of containers and volumes, replicated to a paired peer.
-    Protect { group: String, peer: Option<String>, containers: Vec<String>, volumes: Vec<String> },
-    /// Asks for a cut now; with `wait`, until the standby has committed it.
-    Sync { group: String, wait: bool },
+    Protect {
+        /// Its name.
+        group: String,
+        /// The peer; may be left out when one only is paired.
+        peer: Option<String>,
+        /// Its containers.
+        containers: Vec<String>,
+        /// Volumes besides those of its containers.
+        volumes: Vec<String>,
+    },
+    /// Asks for a cut now.
+    Sync {
+        /// The group.
+        group: String,
+        /// Until the standby has committed it.
+        wait: bool,
+    },
     /// Promotes this host for the group.
-    Failover { group: String, dry_run: bool, force: bool },
+    Failover {
+        /// The group.
+        group: String,
+        /// Gives the plan and changes nothing.
+        dry_run: bool,
+        /// Goes on although the old primary could not be asked or still serves.
+        force: bool,
+    },
     /// Compares both sides block by block, online.
-    Verify { group: String },
+    Verify {
+        /// The group.
+        group: String,
+    },
     /// Opens a pairing window and gives the code.
     PairOpen,
-    /// Pairs with a host whose window is open. The code comes on the operator's standard input, never in argv.
-    Pair { address: String, code: Secret },
+    /// Pairs with a host whose window is open.
+    Pair {
+        /// Where it listens, `address:port`.
+        address: String,
+        /// The code; it comes on the operator's standard input, never in argv.
+        code: Secret,
+    },
     /// What this host can and cannot do.
     Doctor,
 }
@@ -73,14 +116,40 @@ impl std::fmt::Debug for Secret {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
-    /// How far it is; `unit` is `bytes` or `blocks`.
-    Progress { what: String, done: u64, total: u64, unit: String },
-    /// One step, for people and for logs: `outcome` is `changed`, `already so`, `would change` or `failed`.
-    Step { name: String, outcome: String, detail: String, ms: u64 },
-    /// The end: the result value and the exit code.
-    Done { value: serde_json::Value, exit: Exit },
+    /// How far it is.
+    Progress {
+        /// Of what, in words: one bar for each.
+        what: String,
+        /// So much is done.
+        done: u64,
+        /// Of so much, 0 = unknown.
+        total: u64,
+        /// `bytes` or `blocks`.
+        unit: String,
+    },
+    /// One step, for people and for logs.
+    Step {
+        /// What it does, in words.
+        name: String,
+        /// `changed`, `already so`, `would change` or `failed`.
+        outcome: String,
+        /// More words, or none.
+        detail: String,
+        /// How long it took, in milliseconds.
+        ms: u64,
+    },
+    /// The end: the result.
+    Done {
+        /// What the verb gives.
+        value: serde_json::Value,
+        /// How the command ends.
+        exit: Exit,
+    },
     /// The end: a fault.
-    Failed { fault: Fault },
+    Failed {
+        /// It.
+        fault: Fault,
+    },
 }
 
 /// Where a handler puts its events (never `Done` or `Failed`, which its return value becomes).
