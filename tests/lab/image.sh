@@ -59,6 +59,10 @@ cat >"$work/after" <<HOOK
 set -e
 install -m 0755 "$here/pg-entry.sh" "\$1/usr/local/bin/pg-entry"
 install -d "\$1/var/lib/postgresql/data"
+# The programs themselves: the names in /usr/bin are a perl wrapper, too slow for a health check every second.
+for program in "\$1"/usr/lib/postgresql/*/bin/*; do
+    ln -s "\${program#"\$1"}" "\$1/usr/local/bin/\$(basename "\$program")"
+done
 rm -rf "\$1"/var/cache/* "\$1"/var/log/* "\$1"/var/lib/apt/lists "\$1"/boot "\$1"/etc/machine-id
 mkdir -p "\$1/var/cache" "\$1/var/log"
 HOOK
