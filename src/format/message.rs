@@ -192,7 +192,7 @@ fn digests(mut payload: Vec<u8>) -> Res<Message> {
     let Some(head) = payload.first_chunk::<DIGESTS_HEAD_BYTES>().copied() else {
         return Err(Fault::protocol("digests end before they begin"));
     };
-    if head[2..8] != [0; 6] || payload.len() % 16 != 0 {
+    if head[2..8] != [0; 6] || !payload.len().is_multiple_of(16) {
         return Err(Fault::protocol("digests are not 16 bytes a block"));
     }
     let volume = u16::from_le_bytes([head[0], head[1]]);

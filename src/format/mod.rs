@@ -11,7 +11,7 @@ mod frame;
 mod generation;
 mod message;
 
-pub use frame::{FRAME_HEADER_BYTES, FRAME_PAYLOAD_MAX, FrameHead, PROTOCOL};
+pub use frame::{FRAME_HEADER_BYTES, FRAME_PAYLOAD_MAX, FrameHead, PROTOCOL, version_mismatch};
 pub use generation::generation_digest;
 pub use message::{CONTROL_MAX, Landing, Message, Purpose, Standing};
 
