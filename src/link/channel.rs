@@ -55,11 +55,10 @@ impl Channel {
         peer: String,
         pace: Arc<Pace>,
     ) -> Channel {
-        let (socket, session) = tls.get_mut();
-        socket.widen(AHEAD_BYTES);
-        match session {
-            tokio_rustls::rustls::Connection::Client(session) => session.set_buffer_limit(Some(tls::RECORDS_BYTES)),
-            tokio_rustls::rustls::Connection::Server(session) => session.set_buffer_limit(Some(tls::RECORDS_BYTES)),
+        tls.get_mut().0.widen(AHEAD_BYTES);
+        match &mut tls {
+            TlsStream::Client(tls) => tls.get_mut().1.set_buffer_limit(Some(tls::RECORDS_BYTES)),
+            TlsStream::Server(tls) => tls.get_mut().1.set_buffer_limit(Some(tls::RECORDS_BYTES)),
         }
         Self::over(runtime, tls, peer, pace)
     }
