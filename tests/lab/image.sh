@@ -43,8 +43,10 @@ key=$( { cat "$here/image.sh" "$here/pg-entry.sh"; echo "$list"; echo "$package 
 tarball=$cache/postgres-$key.tar
 if [ -s "$tarball" ]; then echo "$tarball"; exit 0; fi
 
+# What an earlier build left behind. It had a mount namespace of its own, so nothing can be mounted in there any more.
+rm -rf --one-file-system "$cache"/making.*
 work=$(mktemp -d "$cache/making.XXXXXX")
-trap 'rm -rf "$work"' EXIT
+trap 'rm -rf --one-file-system "$work"' EXIT
 trap 'exit 130' INT TERM HUP
 
 # createcluster.conf: the package would make a database of its own inside the image.
@@ -82,7 +84,8 @@ done
 echo "$list" >"$work/sources.list"
 # A timestamp that does not move: the same packages give the same image.
 export SOURCE_DATE_EPOCH=1700000000
-if ! mmdebstrap "${options[@]}" '' "$work/root.tar" - <"$work/sources.list" >"$work/log" 2>&1; then
+# Namespaces of its own: whoever ends this script ends all of it, and the mounts that mmdebstrap makes go with it.
+if ! TMPDIR=$work unshare --mount --pid --fork --kill-child=SIGKILL --mount-proc -- mmdebstrap "${options[@]}" '' "$work/root.tar" - <"$work/sources.list" >"$work/log" 2>&1; then
     tail -20 "$work/log" >&2
     die "mmdebstrap could not make the database image; is the mirror in /etc/apt/sources.list reachable?"
 fi

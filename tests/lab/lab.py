@@ -78,6 +78,24 @@ def wait_for(what, seconds, probe, pause=0.05):
         time.sleep(pause)
 
 
+@contextlib.contextmanager
+def uninterrupted():
+    """Holds Ctrl-C and its kin back until the block is done: between a process's birth and its being written down, for one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python runs signal handlers in the main thread only
+        return
+    pending = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, lambda n, _frame: pending.append(n)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+    if pending:
+        raise KeyboardInterrupt(signal.Signals(pending[0]).name)
+
+
 class UnixHTTP(http.client.HTTPConnection):
     """HTTP over a Unix socket, for dockerd."""
 
@@ -164,6 +182,14 @@ class Lab:
                 json.dump(state, file)
             os.replace(self.state_file + ".new", self.state_file)
 
+    def start(self, name, argv, **options):
+        """Starts a process of the machine itself and writes it down before anything can interrupt."""
+        options = {"stdin": subprocess.DEVNULL, "start_new_session": True, "env": ENVIRONMENT, **options}
+        with uninterrupted():
+            process = subprocess.Popen(argv, **options)
+            self.record(name, process.pid)
+        return process
+
     def pid(self, name):
         """The recorded process if it is still that process, else None."""
         state = self.state()
@@ -247,15 +273,20 @@ class Lab:
         threads = [threading.Thread(target=one, args=(host,)) for host in HOSTS]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.join()
+        except KeyboardInterrupt:
+            # What the threads are about to start must be there to be removed.
+            with uninterrupted():
+                for thread in threads:
+                    thread.join()
+            raise
         if failures:
             raise LabError("; ".join(failures))
 
     def _up_wire(self):
-        process = subprocess.Popen(["unshare", "--net", "sleep", "infinity"], stdin=subprocess.DEVNULL,
-                                   stdout=subprocess.DEVNULL, start_new_session=True, env=ENVIRONMENT)
-        self.record("wire", process.pid)
+        process = self.start("wire", ["unshare", "--net", "sleep", "infinity"], stdout=subprocess.DEVNULL)
         own = os.readlink("/proc/self/ns/net")
         wait_for("the wire's network namespace", 10, lambda: os.readlink(f"/proc/{process.pid}/ns/net") != own, 0.01)
         for argv in (["ip", "link", "set", "lo", "up"], ["ip", "link", "add", "br0", "type", "bridge"],
@@ -269,13 +300,11 @@ class Lab:
         ready = os.path.join(self.run, f"{host}.ready")
         with contextlib.suppress(FileNotFoundError):
             os.unlink(ready)
-        log = open(os.path.join(base, "log", "init.log"), "ab")
-        with log:
-            outer = subprocess.Popen(
+        with open(os.path.join(base, "log", "init.log"), "ab") as log:
+            outer = self.start(
+                f"{host}.outer",
                 ["unshare", "--mount", "--net", "--pid", "--uts", "--ipc", "--fork", "--kill-child=SIGKILL", "--",
-                 "/usr/bin/python3", "-B", os.path.join(HERE, "host_init.py"), host, ready],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=ENVIRONMENT, cwd="/")
-        self.record(f"{host}.outer", outer.pid)
+                 "/usr/bin/python3", "-B", os.path.join(HERE, "host_init.py"), host, ready], stdout=log, stderr=log, cwd="/")
 
         def first():
             if outer.poll() is not None:
@@ -297,7 +326,7 @@ class Lab:
         base = self.path(host)
         log = os.path.join(base, "log")
         # NAT rules where the kernel has them; without, published ports go through Docker's user-land proxy.
-        rules = all(self.exec(host, [tool, "-t", "nat", "-n", "-L"], check=False).returncode == 0 for tool in ("iptables",))
+        rules = self.exec(host, ["iptables", "-t", "nat", "-n", "-L"], check=False).returncode == 0
         with open(os.path.join(base, "containerd.toml"), "w", encoding="utf-8") as file:
             file.write(f'version = 2\nroot = "{base}/containerd"\nstate = "/run/containerd"\n'
                        'disabled_plugins = ["io.containerd.grpc.v1.cri"]\n'

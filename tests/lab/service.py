@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 
-from lab import ENVIRONMENT, HERE, HOSTS, LabError, wait_for
+from lab import HERE, HOSTS, LabError, wait_for
 
 PORT = 5432
 IMAGE = "postgres:lab"
@@ -22,11 +22,21 @@ CHANGES = [
 
 def build_image(lab):
     """The image's tarball, made from Debian packages or found in the cache."""
-    done = subprocess.run([os.path.join(HERE, "image.sh"), lab.path("cache")], capture_output=True, text=True, check=False,
-                          stdin=subprocess.DEVNULL, env={**os.environ, "LC_ALL": "C.UTF-8"})
-    if done.returncode != 0:
-        raise LabError((done.stderr.strip().splitlines() or ["the image could not be built"])[-1])
-    return done.stdout.strip()
+    # The caller's environment goes along: it may hold a proxy.
+    builder = lab.start("image", [os.path.join(HERE, "image.sh"), lab.path("cache")], stdout=subprocess.PIPE,
+                        stderr=subprocess.PIPE, text=True, env={**os.environ, "LC_ALL": "C.UTF-8"})
+    try:
+        out, err = builder.communicate(timeout=600)
+    except BaseException:
+        # Its whole group: mmdebstrap is a child of a child.
+        os.killpg(builder.pid, signal.SIGKILL)
+        builder.wait()
+        raise
+    finally:
+        lab.record("image", None)
+    if builder.returncode != 0:
+        raise LabError((err.strip().splitlines() or ["the image could not be built"])[-1])
+    return out.strip()
 
 
 def import_image(lab, host, tarball):
@@ -62,11 +72,9 @@ class Writer:
     def __init__(self, lab, host):
         self.lab = lab
         self.log = os.path.join(lab.run, "acknowledged.log")
-        self.process = subprocess.Popen(lab.enter("wire") + client("write", host, self.log), stdin=subprocess.DEVNULL,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
-                                        start_new_session=True)
         # `nsenter --net` alone does not fork: this process becomes the client itself.
-        lab.record("writer", self.process.pid)
+        self.process = lab.start("writer", lab.enter("wire") + client("write", host, self.log), stdout=subprocess.PIPE,
+                                 stderr=subprocess.PIPE, text=True)
 
     def rows(self):
         """Acknowledged rows so far."""
