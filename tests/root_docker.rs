@@ -61,7 +61,7 @@ fn carry(from: &Docker, to: &Docker, dir: &Path, spec: &ContainerSpec) -> String
 
 /// The inspect of a container without what is new in every container or on every daemon.
 fn essence(dockerd: &Dockerd, name: &str) -> serde_json::Value {
-    let mut all: serde_json::Value = serde_json::from_str(&dockerd.cli(&["inspect", name])).unwrap();
+    let mut all: serde_json::Value = serde_json::from_str(&dockerd.cli(&["container", "inspect", name])).unwrap();
     let mut one = all[0].take();
     let id = one["Id"].as_str().unwrap().to_string();
     for key in [
@@ -99,7 +99,21 @@ fn essence(dockerd: &Dockerd, name: &str) -> serde_json::Value {
         settings[network] = serde_json::json!({"Aliases": aliases, "IPAMConfig": endpoint["IPAMConfig"]});
     }
     one["NetworkSettings"] = settings;
-    one
+    without_empty(one)
+}
+
+/// dockerd says null or an empty list for the same nothing.
+fn without_empty(value: serde_json::Value) -> serde_json::Value {
+    use serde_json::Value;
+    match value {
+        Value::Object(members) => {
+            let members = members.into_iter().map(|(key, value)| (key, without_empty(value)));
+            let members: serde_json::Map<_, _> = members.filter(|(_, value)| !value.is_null()).collect();
+            if members.is_empty() { Value::Null } else { Value::Object(members) }
+        }
+        Value::Array(items) if items.is_empty() => Value::Null,
+        other => other,
+    }
 }
 
 #[test]
@@ -268,7 +282,7 @@ fn a_container_is_made_again_from_its_recipe() {
 
     assert_eq!(essence(&primary, "db"), essence(&standby, "db"));
     let policy = "{{.HostConfig.RestartPolicy.Name}} {{.HostConfig.AutoRemove}} {{.State.Status}}";
-    assert_eq!(standby.cli(&["inspect", "--format", policy, "db"]), "no false created");
+    assert_eq!(standby.cli(&["container", "inspect", "--format", policy, "db"]), "no false created");
     assert_eq!(to.users_of_volume("pgdata").unwrap(), vec!["db"]);
     assert!(to.mounts_of("db").unwrap().contains(&("volume".to_string(), "pgdata".to_string())));
 
@@ -302,7 +316,7 @@ fn a_container_is_made_again_from_its_recipe() {
     standby.cli(&["network", "rm", "back"]);
     let fault = to.ensure_container(&spec, &image).unwrap_err();
     assert!(fault.code == Code::DockerError && fault.cause.contains("back"), "{fault}");
-    assert!(!standby.cli_ok(&["inspect", "db"]));
+    assert!(!standby.cli_ok(&["container", "inspect", "db"]));
 
     assert!(to.remove_volume("pgdata", &there.link).unwrap());
     assert!(!to.remove_volume("pgdata", &there.link).unwrap());
@@ -366,7 +380,7 @@ fn a_recipe_gets_no_rights_and_a_failure_no_secrets() {
         let fault = docker.ensure_container(&spec, &id).unwrap_err();
         assert_eq!(fault.code, Code::PolicyRefused, "{ask:?}: {fault}");
         assert!(!fault.to_string().contains("hunter2-secret"));
-        assert!(!dockerd.cli_ok(&["inspect", "bold"]), "{ask:?} was made all the same");
+        assert!(!dockerd.cli_ok(&["container", "inspect", "bold"]), "{ask:?} was made all the same");
     }
 
     // A volume that is a path of this host in disguise, and one that is plain.
@@ -399,6 +413,11 @@ fn a_recipe_gets_no_rights_and_a_failure_no_secrets() {
     let fault = docker.await_health("ill", Duration::from_secs(30)).unwrap_err();
     assert!(fault.code == Code::ContainerFailed && fault.cause.contains("unhealthy"), "{fault}");
     dockerd.cli(&[&["run", "--detach", "--name", "slow"], &health[..], &["sleep 900", "app:1", "sleep", "1000"]].concat());
+    // dockerd takes the beginning of an id for a name; we do not.
+    let id = dockerd.cli(&["container", "inspect", "--format", "{{.Id}}", "slow"]);
+    assert!(dockerd.cli_ok(&["container", "inspect", &id[..3]]));
+    assert_eq!(docker.state(&id[..3]).unwrap_err().code, Code::DockerError);
+    assert!(docker.state(&id[..12]).unwrap().running);
     let fault = docker.await_health("slow", Duration::from_millis(300)).unwrap_err();
     assert!(fault.code == Code::ContainerFailed && fault.cause.contains("not healthy after"), "{fault}");
 }

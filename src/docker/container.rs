@@ -20,11 +20,20 @@ fn thing(name: &str) -> String {
     format!("container {name}")
 }
 
-/// What `docker inspect` says of a container, every field of it.
+/// What `docker inspect` says of a container, every field of it. dockerd also takes the beginning of an id for a name (`db`
+/// begins one id in 256): what it found so by chance is another container.
 fn look(docker: &Docker, name: &str) -> Res<Option<Value>> {
     check_name("container", name)?;
     let path = format!("/containers/{name}/json");
-    docker.wait(&thing(name), call::QUICK, async { call::found(call::raw(&docker.client, false, &path, None).await) })
+    let found =
+        docker.wait(&thing(name), call::QUICK, async { call::found(call::raw(&docker.client, false, &path, None).await) })?;
+    let meant = |inspect: &Value| text(inspect, "/Name").trim_start_matches('/') == name || is_id(text(inspect, "/Id"), name);
+    Ok(found.filter(meant))
+}
+
+/// Whether a name is an id, at least as long as `docker ps` shows it.
+fn is_id(id: &str, name: &str) -> bool {
+    name.len() >= 12 && id.starts_with(name)
 }
 
 fn must(docker: &Docker, name: &str) -> Res<Value> {
@@ -144,7 +153,8 @@ fn check_network(docker: &Docker, spec: &ContainerSpec, name: &str) -> Res<()> {
     let path = format!("/networks/{name}");
     let found = docker
         .wait(&thing(&spec.name), call::QUICK, async { call::found(call::raw(&docker.client, false, &path, None).await) })?;
-    match found {
+    // A network, too, is found by the beginning of its id.
+    match found.filter(|network| text(network, "/Name") == name) {
         Some(_) => Ok(()),
         None => Err(Fault::new(
             Code::DockerError,
