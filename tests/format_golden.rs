@@ -104,6 +104,7 @@ fn messages() -> Vec<(&'static str, Message)> {
         ("image_ready", Message::ImageReady),
         ("ping", Message::Ping),
         ("pong", Message::Pong),
+        ("unchanged", Message::Unchanged { position: at(4, 12), at: Moment(1_790_000_000_123) }),
         (
             "refused",
             Message::Refused { fault: Fault::new(Code::StaleEpoch, "group shop", "epoch 5 is known here", "fence this host") },

@@ -322,7 +322,7 @@ fn replicate(agent: &Arc<Agent>, group: &Arc<Group>, channel: &mut Channel, rece
     }
     let standing = welcome_of_with(group, open.is_some())?;
     if let Some(open) = open {
-        *receiver = receiver.continued(open);
+        receiver.adopt(open);
     }
     channel.send(&receiver.welcome(standing, agent.settings.credit_bytes))?;
     // The standing above says whether this is refused; only after that may the hello's epoch count.

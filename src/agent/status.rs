@@ -75,7 +75,7 @@ fn row(agent: &Agent, group: &Group) -> Value {
         "role": record.role,
         "epoch": record.epoch,
         "generation": live.position.generation,
-        "recoverable_to": recoverable.map(|at| crate::control::rfc3339(at)),
+        "recoverable_to": recoverable.and_then(crate::control::rfc3339),
         "recoverable_to_ms": recoverable.map(|at| at.0),
         "rpo_seconds": recoverable.map(|at| now.0.saturating_sub(at.0) as f64 / 1000.0),
         "mode": live.mode,

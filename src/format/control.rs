@@ -60,6 +60,7 @@ control! {
     20 ImageReady {}
     21 Ping {}
     22 Pong {}
+    24 Unchanged { position: Position, at: Moment }
     23 Refused { #[serde(with = "fault_form")] fault: Fault }
 }
 

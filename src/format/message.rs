@@ -25,6 +25,7 @@
 //! | 21 | Ping | JSON |
 //! | 22 | Pong | JSON |
 //! | 23 | Refused | JSON |
+//! | 24 | Unchanged | JSON |
 //!
 //! A JSON payload is one object with the message's fields in the order of [`Message`], without spaces. No other spelling is
 //! taken: what was decoded is encoded again and must give the same bytes. So nothing unknown, doubled or oversized slips through.
@@ -139,6 +140,8 @@ pub enum Message {
     Pong,
     /// Refuses in words; the connection then closes.
     Refused { fault: Fault },
+    /// Nothing has changed since `position`, which is the standby's tip: its copy is that of the instant `at` as well.
+    Unchanged { position: Position, at: Moment },
 }
 
 impl Message {

@@ -9,6 +9,7 @@
 //!                     ├─ Images:    (ImageOffer ──► ImageWanted, ImageBytes* , ImageEnd ──► ImageReady)*
 //!                     └─ Replicate: Define ──► Defined
 //!                                   DigestsWanted ──► Digests*, DigestsDone
+//!                                   Unchanged
 //!                                   Begin, (Chunks ──► Credit | Segment ──► SegmentDone)*, End ──► Committed
 //! ```
 //!
@@ -101,6 +102,7 @@ fn word(message: &Message) -> &'static str {
         Message::Ping => "Ping",
         Message::Pong => "Pong",
         Message::Refused { .. } => "Refused",
+        Message::Unchanged { .. } => "Unchanged",
     }
 }
 

@@ -140,6 +140,11 @@ pub enum ReceiverAction {
         /// When the cut began, as the primary says.
         cut_at: Moment,
     },
+    /// The tip is good for this instant as well.
+    Unchanged {
+        /// The instant, as the primary says.
+        at: Moment,
+    },
     /// Drop the open transfer.
     Drop {
         /// The peer's words.
@@ -237,6 +242,9 @@ impl Receiver {
             Message::Abort { reason } if self.open.is_some() => {
                 self.open = None;
                 Ok(ReceiverAction::Drop { reason })
+            }
+            Message::Unchanged { position, at } if at_rest && self.defined && position == self.tip && position.generation > 0 => {
+                Ok(ReceiverAction::Unchanged { at })
             }
             Message::DigestsWanted { volume, start, count } if self.defined => match start.checked_add(count) {
                 Some(_) if count > 0 => Ok(ReceiverAction::SendDigests { volume, start, count }),

@@ -303,6 +303,14 @@ impl Sender {
         Message::Abort { reason: reason.to_string() }
     }
 
+    /// Says that nothing has changed since the standby's tip up to `at`. `INTERNAL` while a transfer is open or before the first.
+    pub fn unchanged(&mut self, at: Moment) -> Res<Message> {
+        match self.stage {
+            Stage::Ready if self.tip.generation > 0 => Ok(Message::Unchanged { position: self.tip, at }),
+            _ => Err(Fault::internal("Unchanged", "it was to be said where the conversation has no place for it")),
+        }
+    }
+
     /// Asks for digests of a range of `count` blocks (at least 1). Several ranges may be asked for before the first is answered.
     pub fn want_digests(&mut self, volume: u16, start: u64, count: u64) -> Res<Message> {
         self.replicating(matches!(self.stage, Stage::Ready | Stage::Open(_)) && self.defined, "DigestsWanted")?;

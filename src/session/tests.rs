@@ -87,6 +87,7 @@ fn one_of_each() -> Vec<Message> {
         Message::ImageReady,
         Message::Ping,
         Message::Pong,
+        Message::Unchanged { position: TIP, at: CUT_AT },
         Message::Refused { fault: Fault::new(Code::GroupBusy, "a", "b", "c") },
     ]
 }
@@ -238,14 +239,14 @@ const RECEIVER_STAGES: &[Stage<Receiver>] = &[
         &["Ping", "ImageBytes", "ImageEnd"],
     ),
     ("undefined", || receiver(Purpose::Replicate, Standing { defined: false, ..standing() }), &["Ping", "Define"]),
-    ("ready", || receiving(&[]), &["Ping", "Define", "Begin", "DigestsWanted"]),
+    ("ready", || receiving(&[]), &["Ping", "Define", "Begin", "DigestsWanted", "Unchanged"]),
     ("open", || receiving(&[begin_next()]), &["Ping", "Chunks", "End", "Abort", "DigestsWanted"]),
     ("open, a direct one", first_sync, &["Ping", "Chunks", "End", "Abort", "DigestsWanted", "Segment"]),
     (
         "adopted",
         || adopting(left_open(b"held"), Standing { open: Some((NEXT, 4)), ..standing() }).0,
         // `End` is in its place too, but not that of another payload: the next test has it.
-        &["Ping", "Define", "Begin", "Chunks", "Abort", "DigestsWanted"],
+        &["Ping", "Define", "Begin", "Chunks", "Abort", "DigestsWanted", "Unchanged"],
     ),
     ("committing", || receiving(&[begin_next(), end(b"")]), &["Ping"]),
     (
