@@ -25,6 +25,7 @@ pub mod docker;
 pub mod durable;
 pub mod host;
 pub mod journal;
+pub mod known;
 pub mod ledger;
 pub mod link;
 pub mod tracker;

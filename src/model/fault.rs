@@ -114,6 +114,8 @@ codes! {
     ImageMissing = "IMAGE_MISSING", Failed;
     /// The image's content is not what its pin says.
     ImageMismatch = "IMAGE_MISMATCH", Refused;
+    /// A container's recipe asks for rights on this host that its policy does not give.
+    PolicyRefused = "POLICY_REFUSED", Refused;
     /// Docker does not answer or refused.
     DockerError = "DOCKER_ERROR", Failed;
     /// A container did not start or did not become healthy.

@@ -1,0 +1,134 @@
+//! Blocks on their way out: what the standby holds already is left out, the rest becomes change records in pieces.
+
+use crate::delta;
+use crate::delta::BlockDigest;
+use crate::known::Known;
+use crate::model::{BLOCK_BYTES, BlockRun};
+
+/// Size at which a piece of payload is sent, in bytes.
+pub const PIECE_BYTES: usize = 256 << 10;
+/// Digests remembered for one receipt at most (64 MiB of memory is the agent's bar); beyond it blocks stay "unknown", which
+/// only costs sending them once more should they be written again.
+const REMEMBERED_BLOCKS_MAX: usize = 1 << 20;
+
+/// The digests of what was sent, to be believed when its receipt comes.
+#[derive(Default)]
+pub struct Sent {
+    runs: Vec<(u16, u64, u32)>,
+    digests: Vec<u8>,
+}
+
+impl Sent {
+    /// The receipt has come: the standby holds this.
+    pub fn believe(self, known: &mut [Known]) -> crate::model::Res<()> {
+        let mut at = 0;
+        for (volume, start, count) in self.runs {
+            let end = at + count as usize * 16;
+            known[usize::from(volume)].set(start, &self.digests[at..end])?;
+            at = end;
+        }
+        Ok(())
+    }
+    /// Takes another's runs after our own.
+    pub fn append(&mut self, mut other: Sent) {
+        self.runs.append(&mut other.runs);
+        self.digests.append(&mut other.digests);
+    }
+    fn note(&mut self, volume: u16, run: BlockRun, digests: &[u8]) {
+        if self.digests.len() / 16 + run.count as usize <= REMEMBERED_BLOCKS_MAX {
+            self.runs.push((volume, run.start, run.count as u32));
+            self.digests.extend_from_slice(digests);
+        }
+    }
+}
+
+/// Builds pieces of payload.
+#[derive(Default)]
+pub struct Encoder {
+    piece: Vec<u8>,
+    digests: Vec<u8>,
+    /// What the pieces so far carry.
+    pub sent: Sent,
+}
+
+impl Encoder {
+    /// Adds a run of a volume (at most `reader::RUN_BLOCKS` blocks); a full piece comes back.
+    pub fn add(&mut self, volume: u16, run: BlockRun, bytes: &[u8], known: &mut Known) -> Option<Vec<u8>> {
+        self.digests.clear();
+        let (mut from, mut at) = (None, 0u64);
+        let blocks = bytes.chunks(BLOCK_BYTES as usize);
+        for block in blocks {
+            let digest = BlockDigest::of(block);
+            let same = known.get(run.start + at) == digest;
+            match (same, from) {
+                (false, None) => from = Some(at),
+                (true, Some(start)) => {
+                    self.record(volume, run, start..at, bytes, known);
+                    from = None;
+                }
+                _ => {}
+            }
+            if !same {
+                self.digests.extend_from_slice(&digest.0);
+            }
+            at += 1;
+        }
+        if let Some(start) = from {
+            self.record(volume, run, start..at, bytes, known);
+        }
+        (self.piece.len() >= PIECE_BYTES).then(|| self.take())
+    }
+
+    fn record(&mut self, volume: u16, run: BlockRun, part: std::ops::Range<u64>, bytes: &[u8], known: &mut Known) {
+        let part_run = BlockRun { start: run.start + part.start, count: part.end - part.start };
+        let plain = &bytes[(part.start * BLOCK_BYTES) as usize..bytes.len().min((part.end * BLOCK_BYTES) as usize)];
+        // Forgotten before it is sent: if we die between the standby's commit and the receipt, an old digest must not make a
+        // later write of the old content look like "the standby holds it already".
+        known.forget(part_run);
+        delta::encode(volume, part_run, plain, &mut self.piece);
+        self.sent.note(volume, part_run, &self.digests);
+        self.digests.clear();
+    }
+
+    /// The last piece; empty when nothing is left.
+    pub fn take(&mut self) -> Vec<u8> {
+        std::mem::replace(&mut self.piece, Vec::with_capacity(PIECE_BYTES + (64 << 10)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Digest, FileSystem, Uuid, VolumeSpec};
+
+    #[test]
+    fn only_what_differs_is_sent_and_believed_only_after_the_receipt() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut known, _) = Known::open(&dir.path().join("known"), 64, Digest([1; 32])).unwrap();
+        let mut bytes = vec![0u8; 8 * 4096];
+        for block in [1usize, 2, 5] {
+            bytes[block * 4096] = 9;
+        }
+        let run = BlockRun { start: 8, count: 8 };
+        let mut encoder = Encoder::default();
+        assert!(encoder.add(0, run, &bytes, &mut known).is_none());
+        let spec = VolumeSpec { id: Uuid([0; 16]), name: "v".into(), size_bytes: 64 * 4096, fs: FileSystem::Ext4, mount_options: String::new() };
+        let piece = encoder.take();
+        let (mut at, mut runs) = (0, Vec::new());
+        while let Some(head) = delta::head(&piece[at..], std::slice::from_ref(&spec)).unwrap() {
+            runs.push(head.run);
+            at += delta::RECORD_HEADER_BYTES + head.stored_bytes as usize;
+        }
+        // Zero blocks are known to be there (a new replica is zero); the others go in two runs.
+        assert_eq!(runs, vec![BlockRun { start: 9, count: 2 }, BlockRun { start: 13, count: 1 }]);
+        assert_eq!(known.get(9), BlockDigest::UNKNOWN);
+        let mut maps = [known];
+        std::mem::take(&mut encoder.sent).believe(&mut maps).unwrap();
+        let [mut known] = maps;
+        encoder.add(0, run, &bytes, &mut known);
+        assert!(encoder.take().is_empty(), "everything is there now");
+        bytes[4096] = 8;
+        encoder.add(0, run, &bytes, &mut known);
+        assert!(!encoder.take().is_empty());
+    }
+}

@@ -1,0 +1,869 @@
+//! The primary's side of one group: one thread that connects, finds its footing, and cycles.
+
+use crate::agent::Agent;
+use crate::agent::encode::{Encoder, Sent};
+use crate::agent::group::{Command, Group, SyncWaiter};
+use crate::agent::live::Progress;
+use crate::agent::wire::Wire;
+use crate::cut;
+use crate::device;
+use crate::device::DeviceFile;
+use crate::device::Engine;
+use crate::format::{Landing, Purpose, Standing};
+use crate::host;
+use crate::host::DeviceIdentity;
+use crate::known::Known;
+use crate::model::{
+    BLOCK_BYTES, BlockRun, BlockSet, Code, Digest, Exit, Fault, GroupSpec, Moment, Position, Receipt, Res, Role,
+};
+use crate::reader;
+use crate::role::{Footing, Grounds, footing};
+use crate::session::SenderEvent;
+use crate::tracker::{Base, Continuity};
+use crate::verify;
+use serde_json::json;
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+const RETRY_FIRST: Duration = Duration::from_millis(250);
+const RETRY_MAX: Duration = Duration::from_secs(5);
+/// A first sync is made durable on the standby in steps of this many bytes.
+const SEGMENT_BYTES: u64 = 256 << 20;
+/// Rounds before a cut; a writer that dirties faster than we ship is then cut as it is, within the bounds of memory.
+const ROUNDS_MAX: usize = 16;
+/// Blocks verified between two cycles (64 MiB).
+const VERIFY_WINDOW_BLOCKS: u64 = verify::BATCH_BLOCKS;
+/// Containers are looked at again this often, and a changed recipe is sent.
+const RECIPE_EVERY: Duration = Duration::from_secs(60);
+
+/// One volume, opened.
+struct Opened {
+    device: PathBuf,
+    identity: DeviceIdentity,
+    image: DeviceFile,
+}
+
+/// A generation that was cut and encoded but has no receipt yet. It is kept over a broken connection: the cut stays valid.
+struct Pending {
+    position: Position,
+    cut_at: Moment,
+    began: Instant,
+    pieces: Vec<Vec<u8>>,
+    sent: Sent,
+}
+
+/// Everything that the thread owns.
+struct Primary {
+    agent: Arc<Agent>,
+    group: Arc<Group>,
+    spec: GroupSpec,
+    epoch: u64,
+    volumes: Vec<Opened>,
+    known: Vec<Known>,
+    engine: Box<dyn Engine>,
+    freezer: host::Freezer,
+    pending: Option<Pending>,
+    bits_count: bool,
+    known_counts: bool,
+    waiters: Vec<SyncWaiter>,
+    recipe_looked: Instant,
+}
+
+/// Why the loop ended without a fault.
+enum End {
+    Stopped,
+}
+
+/// Runs until it is told to stop or a higher epoch is seen.
+pub fn run(agent: Arc<Agent>, group: Arc<Group>, commands: Receiver<Command>) {
+    let mut retry = RETRY_FIRST;
+    let mut primary: Option<Primary> = None;
+    loop {
+        let outcome = match &mut primary {
+            Some(p) => p.converse(&commands),
+            None => Primary::open(&agent, &group).and_then(|p| primary.insert(p).converse(&commands)),
+        };
+        let fault = match outcome {
+            Ok(End::Stopped) => return,
+            Err(fault) => fault,
+        };
+        let was_connected = group.with_live(|live| {
+            let was = std::mem::take(&mut live.connected);
+            live.state = format!("waiting to try again: {fault}");
+            live.progress = None;
+            live.fault(fault.clone());
+            was
+        });
+        tracing::warn!(group = %group.name, "{fault}");
+        if fault.code == Code::StaleEpoch {
+            fence(&group);
+            return;
+        }
+        if let Some(p) = &mut primary {
+            p.after_fault(&fault);
+            // The device under the name, or the tracker, is not what it was: everything is opened anew.
+            if matches!(fault.code, Code::IdentityChanged | Code::TrackerDoubt | Code::VolumeUnknown | Code::FlushFailed) {
+                primary = None;
+            }
+        }
+        retry = if was_connected { RETRY_FIRST } else { (retry * 2).min(RETRY_MAX) };
+        match commands.recv_timeout(retry) {
+            Ok(Command::Stop) | Err(RecvTimeoutError::Disconnected) => return,
+            Ok(Command::Sync(waiter)) => match &mut primary {
+                Some(p) => p.waiters.push(waiter),
+                None => drop(waiter.done.send(Err(fault))),
+            },
+            Ok(Command::Verify(reply)) => drop(reply.send(Err(fault))),
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        if let Some(p) = &mut primary {
+            p.refuse_old_waiters();
+        }
+    }
+}
+
+/// A higher epoch was seen: this side serves and ships nothing from now on, also after a restart.
+fn fence(group: &Group) {
+    let fenced = group.edit_ledger(|record| {
+        record.role = Role::Fenced;
+        Ok(())
+    });
+    if let Err(fault) = fenced {
+        tracing::error!(group = %group.name, "{fault}");
+    }
+    group.with_live(|live| live.state = "fenced: the other side was promoted".into());
+}
+
+impl Primary {
+    fn open(agent: &Arc<Agent>, group: &Arc<Group>) -> Res<Primary> {
+        let record = group.record()?;
+        let mut volumes = Vec::new();
+        let mut known = Vec::new();
+        let (mut bits_count, mut known_counts) = (true, true);
+        for spec in &record.spec.volumes {
+            let image_path = agent.image_path(spec.id);
+            let device = agent.attach_volume(spec)?;
+            let image = DeviceFile::open(&image_path, false)?;
+            if image.size_bytes() != spec.size_bytes {
+                return Err(Fault::new(
+                    Code::IdentityChanged,
+                    format!("volume {}", spec.name),
+                    format!("its image is {} bytes and was recorded with {}", image.size_bytes(), spec.size_bytes),
+                    "put the image back, or remove and protect the group again",
+                ));
+            }
+            let mut about = [0; 32];
+            about[..16].copy_from_slice(&record.spec.id.0);
+            about[16..].copy_from_slice(&spec.id.0);
+            let (map, fresh) = Known::open(&group.dir.join(format!("known-{}", spec.id)), spec.blocks(), Digest(about))?;
+            known_counts &= !fresh;
+            known.push(map);
+            volumes.push(Opened { device: device.path.clone(), identity: device.identity, image });
+        }
+        {
+            let mut tracker = agent.tracker()?;
+            for (spec, volume) in record.spec.volumes.iter().zip(&volumes) {
+                bits_count &= tracker.track(record.spec.id, spec.id, &volume.identity)? == Continuity::Unbroken;
+            }
+            tracker.give_back(record.spec.id)?;
+        }
+        let engine = device::engine(agent.settings.io_engine, agent.settings.queue_depth)?;
+        let freezer = host::Freezer::start(&agent.program)?;
+        group.with_live(|live| {
+            live.engine = engine.name().into();
+            live.volumes = volumes
+                .iter()
+                .map(|v| crate::agent::live::LiveVolume {
+                    device: v.device.display().to_string(),
+                    dirty_bytes: None,
+                    tracker: "bitmap".into(),
+                    cut: "freeze".into(),
+                })
+                .collect();
+        });
+        Ok(Primary {
+            agent: agent.clone(),
+            group: group.clone(),
+            epoch: record.epoch,
+            spec: record.spec,
+            volumes,
+            known,
+            engine,
+            freezer,
+            pending: None,
+            bits_count,
+            known_counts,
+            waiters: Vec::new(),
+            recipe_looked: Instant::now(),
+        })
+    }
+
+    /// What a fault leaves behind is put in order: bits without a receipt go back, unless their generation is kept.
+    fn after_fault(&mut self, fault: &Fault) {
+        if matches!(fault.code, Code::FreezeTimeout | Code::CutNotExact) {
+            self.group.with_live(|live| live.counters.cuts_discarded += 1);
+        }
+        if self.pending.is_none()
+            && let Err(worse) = self.agent.tracker().and_then(|mut t| t.give_back(self.spec.id))
+        {
+            tracing::error!(group = %self.group.name, "{worse}");
+            self.bits_count = false;
+        }
+    }
+
+    /// Those who wait for a sync are told why it does not come, once they have waited long enough to be told.
+    fn refuse_old_waiters(&mut self) {
+        let last = self.group.with_live(|live| live.faults.last().cloned());
+        let Some(fault) = last else { return };
+        self.waiters.retain(|waiter| {
+            let keep = waiter.asked.elapsed() < waiter.patience;
+            if !keep {
+                let _ = waiter.done.send(Err(fault.clone()));
+            }
+            keep
+        });
+    }
+
+    /// One connection: footing, then cycles until something breaks or we are told to stop.
+    fn converse(&mut self, commands: &Receiver<Command>) -> Res<End> {
+        let peer = self.group.record()?.peer;
+        self.state("connecting");
+        let channel = self.agent.link.connect(&peer, Duration::from_secs(5))?;
+        let (mut wire, mut standing) = Wire::open(channel, &self.agent.settings.host, Purpose::Replicate, self.spec.id, self.epoch)?;
+        self.group.with_live(|live| {
+            live.connected = true;
+            live.clear(Code::PeerUnreachable);
+        });
+        self.define(&mut wire)?;
+        let base = self.agent.tracker()?.base(self.spec.id)?;
+        let grounds = Grounds {
+            epoch: self.epoch,
+            bits_count: self.bits_count,
+            known_counts: self.known_counts,
+            acked: base.acked,
+            pending: base.pending,
+        };
+        let step = footing(&grounds, &standing)?;
+        tracing::info!(group = %self.group.name, ?step, tip = %standing.tip, "connected");
+        self.keep_or_drop_pending(&step, &standing)?;
+        let mut tip = (standing.tip, standing.tip_digest);
+        let mut landing = Landing::Journal;
+        match step {
+            Footing::Incremental => {
+                // What was pending and is the standby's tip now counts as its base; its bits went back and are sent again.
+                if tip == base.pending && self.pending.is_none() {
+                    self.agent.tracker()?.set_base(self.spec.id, Base { acked: tip, pending: Default::default() })?;
+                }
+            }
+            Footing::FirstSync => {
+                landing = Landing::Direct;
+                self.start_over(true, &mut wire)?;
+            }
+            Footing::ResumeFirstSync => landing = Landing::Direct,
+            Footing::Compare(how) => {
+                landing = how;
+                self.start_over(false, &mut wire)?;
+            }
+        }
+        self.group.with_live(|live| {
+            live.mode = "interval".into();
+            live.position = tip.0;
+        });
+        // A connection that found its footing clears what stood in its way.
+        self.group.with_live(|live| live.faults.retain(|f| matches!(f.code, Code::VerifyMismatch | Code::ImageMissing)));
+        if let Some(pending) = self.pending.take() {
+            standing.open = standing.open.filter(|(position, _)| *position == pending.position);
+            tip = self.resend(&mut wire, pending, standing.open)?;
+        }
+        let mut next = Instant::now();
+        loop {
+            match self.rest(&mut wire, commands, next)? {
+                Some(End::Stopped) => return Ok(End::Stopped),
+                None => {}
+            }
+            let began = Instant::now();
+            let idle = landing == Landing::Journal && self.dirty_blocks()? == 0 && self.doubts()?.is_empty();
+            if idle {
+                self.unchanged(&mut wire, tip.0)?;
+            } else {
+                tip = self.cycle(&mut wire, tip, landing, began)?;
+                landing = Landing::Journal;
+            }
+            if self.recipe_looked.elapsed() > RECIPE_EVERY {
+                self.look_at_recipes(&mut wire)?;
+            }
+            next = (began + self.agent.settings.interval).max(Instant::now());
+        }
+    }
+
+    fn state(&self, words: &str) {
+        self.group.with_live(|live| live.state = words.into());
+    }
+
+    fn define(&mut self, wire: &mut Wire) -> Res<()> {
+        let spec = serde_json::to_vec(&self.spec).map_err(|e| Fault::internal("the group's definition", e.to_string()))?;
+        let message = wire.sender.define(spec)?;
+        wire.send(&message)?;
+        match wire.wait()? {
+            SenderEvent::Defined => Ok(()),
+            other => Err(Fault::protocol(format!("the peer answered a definition with {other:?}"))),
+        }
+    }
+
+    /// A kept generation is sent again only on the very tip that it was cut for.
+    fn keep_or_drop_pending(&mut self, step: &Footing, standing: &Standing) -> Res<()> {
+        let fits = self.pending.as_ref().is_some_and(|p| {
+            *step == Footing::Incremental && p.position.generation == standing.tip.generation + 1 && p.position.epoch == self.epoch
+        });
+        if !fits && self.pending.take().is_some() {
+            self.agent.tracker()?.give_back(self.spec.id)?;
+        }
+        Ok(())
+    }
+
+    /// The set of changed blocks is not known: it becomes everything that may differ (S5).
+    fn start_over(&mut self, replica_is_new: bool, wire: &mut Wire) -> Res<()> {
+        self.pending = None;
+        {
+            let mut tracker = self.agent.tracker()?;
+            tracker.give_back(self.spec.id)?;
+            tracker.set_base(self.spec.id, Base::default())?;
+            tracker.trust_from_here(self.spec.id)?;
+        }
+        self.bits_count = true;
+        self.group.with_live(|live| {
+            live.in_sync = false;
+            live.counters.comparisons += u64::from(!replica_is_new);
+        });
+        for index in 0..self.volumes.len() {
+            let mut about = [0; 32];
+            about[..16].copy_from_slice(&self.spec.id.0);
+            about[16..].copy_from_slice(&self.spec.volumes[index].id.0);
+            self.known[index].all_zero(Digest(about))?;
+            if !replica_is_new {
+                self.state("comparing with the standby");
+                self.fetch_digests(wire, index)?;
+            }
+            let mut differs = reader::data_set(&self.volumes[index].image)?;
+            differs.union(&self.known[index].nonzero()?);
+            self.agent.tracker()?.mark(self.spec.volumes[index].id, &differs)?;
+        }
+        self.known_counts = true;
+        Ok(())
+    }
+
+    fn fetch_digests(&mut self, wire: &mut Wire, index: usize) -> Res<()> {
+        let blocks = self.known[index].blocks();
+        let message = wire.sender.want_digests(index as u16, 0, blocks)?;
+        wire.send(&message)?;
+        loop {
+            match wire.wait()? {
+                SenderEvent::Digests { volume, start, digests } if usize::from(volume) == index => {
+                    self.known[index].set(start, &digests)?;
+                    let done = (start + digests.len() as u64 / 16) * BLOCK_BYTES;
+                    self.progress("comparing", done, blocks * BLOCK_BYTES);
+                }
+                SenderEvent::DigestsDone { volume } if usize::from(volume) == index => return Ok(()),
+                other => return Err(Fault::protocol(format!("{other:?} came among digests"))),
+            }
+        }
+    }
+
+    fn progress(&self, what: &str, done: u64, total: u64) {
+        self.group.with_live(|live| live.progress = Some(Progress { what: what.into(), done, total: total.max(done) }));
+    }
+
+    /// Waits until `next`, serving commands and keeping the connection alive.
+    fn rest(&mut self, wire: &mut Wire, commands: &Receiver<Command>, next: Instant) -> Res<Option<End>> {
+        loop {
+            match commands.try_recv() {
+                Ok(Command::Stop) | Err(std::sync::mpsc::TryRecvError::Disconnected) => return Ok(Some(End::Stopped)),
+                Ok(Command::Sync(waiter)) => {
+                    self.waiters.push(waiter);
+                    return Ok(None);
+                }
+                Ok(Command::Verify(reply)) => {
+                    let result = self.verify(wire);
+                    let broke = result.as_ref().err().filter(|f| f.code != Code::VerifyMismatch).cloned();
+                    let _ = reply.send(result);
+                    if let Some(fault) = broke {
+                        return Err(fault);
+                    }
+                }
+                Err(std::sync::mpsc::TryRecvError::Empty) => {}
+            }
+            let left = next.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                wire.pump(Duration::ZERO)?;
+                return Ok(None);
+            }
+            wire.rested();
+            wire.pump(left.min(Duration::from_millis(50)))?;
+            if let Some(event) = wire.take() {
+                return Err(Fault::protocol(format!("{event:?} came unasked")));
+            }
+        }
+    }
+
+    fn dirty_blocks(&self) -> Res<u64> {
+        let tracker = self.agent.tracker()?;
+        let mut total = 0;
+        let mut each = Vec::new();
+        for volume in &self.spec.volumes {
+            let dirty = tracker.dirty_blocks(volume.id)?;
+            each.push(dirty);
+            total += dirty;
+        }
+        drop(tracker);
+        self.group.with_live(|live| {
+            for (volume, dirty) in live.volumes.iter_mut().zip(each) {
+                volume.dirty_bytes = Some(dirty * BLOCK_BYTES);
+            }
+        });
+        Ok(total)
+    }
+
+    fn identities(&self) -> Vec<(crate::model::VolumeId, DeviceIdentity)> {
+        let now = |v: &Opened| host::identity(&v.device).unwrap_or(DeviceIdentity { diskseq: 0, ..v.identity.clone() });
+        self.spec.volumes.iter().zip(&self.volumes).map(|(spec, v)| (spec.id, now(v))).collect()
+    }
+
+    fn doubts(&self) -> Res<Vec<crate::tracker::Doubt>> {
+        let identities = self.identities();
+        self.agent.tracker()?.doubts(self.spec.id, &identities)
+    }
+
+    /// Nothing has changed since the tip: the standby's copy is good for now as well.
+    fn unchanged(&mut self, wire: &mut Wire, tip: Position) -> Res<()> {
+        let at = crate::agent::now();
+        // Looked at again after the clock: a write that ended before `at` has its bit by now.
+        if self.dirty_blocks()? != 0 {
+            return Ok(());
+        }
+        let message = wire.sender.unchanged(at)?;
+        wire.send(&message)?;
+        self.good(tip, at);
+        Ok(())
+    }
+
+    /// The standby holds everything up to `at`.
+    fn good(&mut self, position: Position, at: Moment) {
+        self.group.with_live(|live| {
+            live.position = position;
+            live.recoverable_to = at;
+            live.in_sync = true;
+            live.state = "replicating".into();
+            live.progress = None;
+        });
+        for waiter in std::mem::take(&mut self.waiters) {
+            match waiter.asked_at <= at {
+                true => drop(waiter.done.send(Ok((position, at)))),
+                false => self.waiters.push(waiter),
+            }
+        }
+    }
+
+    /// One generation on top of `tip`: rounds while the set is large, the cut, the transfer, the receipt.
+    fn cycle(&mut self, wire: &mut Wire, tip: (Position, Digest), landing: Landing, began: Instant) -> Res<(Position, Digest)> {
+        let position = Position { epoch: self.epoch, generation: tip.0.generation + 1 };
+        let dirty_bytes = self.dirty_blocks()? * BLOCK_BYTES;
+        let limits =
+            cut::Limits { freeze_deadline: self.agent.settings.freeze_deadline, cut_max_bytes: self.agent.settings.cut_max_bytes };
+        let mut rounds = Rounds { open: false, sent: Sent::default(), segments: VecDeque::new(), since_segment: 0 };
+        if dirty_bytes > limits.cut_max_bytes || landing == Landing::Direct {
+            self.rounds(wire, &mut rounds, position, landing, dirty_bytes, limits)?;
+        }
+        let mut tries = 0;
+        let (cut, cut_at, cut_began) = loop {
+            // The instant is taken before the cut begins: what is promised is never later than the truth (S9).
+            let (cut_at, cut_began) = (crate::agent::now(), Instant::now());
+            match self.take_cut(limits)? {
+                cut::Attempt::Done(cut) => break (cut, cut_at, cut_began),
+                cut::Attempt::TooLarge => {
+                    tries += 1;
+                    if tries > ROUNDS_MAX {
+                        return Err(Fault::new(
+                            Code::CutNotExact,
+                            format!("group {}", self.group.name),
+                            "blocks change faster than they can be shipped",
+                            "it is tried again; raise cut_max or the bandwidth, or slow the writer",
+                        ));
+                    }
+                    if !rounds.open {
+                        self.begin(wire, &mut rounds, position, landing, self.bound(dirty_bytes))?;
+                    }
+                    self.ship_taken(wire, &mut rounds, landing, 0)?;
+                }
+            }
+        };
+        let doubts = self.doubts()?;
+        if let Some(doubt) = doubts.first() {
+            self.bits_count = false;
+            return Err(Fault::new(
+                Code::TrackerDoubt,
+                format!("group {}", self.group.name),
+                doubt.reason.clone(),
+                "both sides are compared in full now; nothing is taken for clean",
+            ));
+        }
+        self.group.with_live(|live| {
+            live.counters.bytes_read += cut.bytes_read;
+            live.counters.bytes_changed += cut.sets.iter().map(BlockSet::count).sum::<u64>() * BLOCK_BYTES;
+            if let Some(frozen) = cut.frozen {
+                live.counters.freezes.add(frozen);
+            }
+            for volume in &mut live.volumes {
+                volume.cut = if cut.frozen.is_some() { "freeze".into() } else { "unmounted".into() };
+            }
+        });
+        let mut encoder = Encoder::default();
+        let mut pieces = Vec::new();
+        for (volume, run, range) in &cut.runs {
+            pieces.extend(encoder.add(*volume, *run, &cut.bytes[range.clone()], &mut self.known[usize::from(*volume)]));
+        }
+        let last = encoder.take();
+        if !last.is_empty() {
+            pieces.push(last);
+        }
+        drop(cut);
+        let pending = Pending { position, cut_at, began: began.min(cut_began), pieces, sent: encoder.sent };
+        if rounds.open {
+            for piece in &pending.pieces {
+                self.send_piece(wire, piece.clone())?;
+            }
+            rounds.sent.append(pending.sent);
+            self.finish_segments(wire, &mut rounds)?;
+            return self.finish(wire, Pending { pieces: Vec::new(), sent: rounds.sent, ..pending });
+        }
+        self.resend(wire, pending, None)
+    }
+
+    fn take_cut(&mut self, limits: cut::Limits) -> Res<cut::Attempt> {
+        let sources: Vec<cut::Source<'_>> = self
+            .spec
+            .volumes
+            .iter()
+            .zip(&self.volumes)
+            .map(|(spec, v)| cut::Source {
+                id: spec.id,
+                name: &spec.name,
+                device: v.device.clone(),
+                identity: v.identity.clone(),
+                image: &v.image,
+            })
+            .collect();
+        cut::take(self.agent.tracker_cell()?, self.spec.id, &sources, &mut self.freezer, self.engine.as_mut(), limits)
+    }
+
+    /// Sends a kept or fresh generation; what the standby holds of it already is not sent again.
+    fn resend(&mut self, wire: &mut Wire, pending: Pending, open: Option<(Position, u64)>) -> Res<(Position, Digest)> {
+        let mut skip = 0;
+        if let Some((_, held_bytes)) = open {
+            let mut sum = 0;
+            skip = pending.pieces.iter().take_while(|p| {
+                sum += p.len() as u64;
+                sum <= held_bytes
+            }).count();
+            let held: u64 = pending.pieces[..skip].iter().map(|p| p.len() as u64).sum();
+            if held != held_bytes {
+                skip = 0;
+            }
+        }
+        let outcome = (|| {
+            if skip > 0 {
+                wire.sender.resume(pending.position, &mut pending.pieces[..skip].iter().map(Vec::as_slice))?;
+            } else {
+                let payload_bytes: u64 = pending.pieces.iter().map(|p| p.len() as u64).sum();
+                let message = wire.sender.begin(pending.position, Landing::Journal, payload_bytes)?;
+                wire.send(&message)?;
+            }
+            for piece in &pending.pieces[skip..] {
+                self.send_piece(wire, piece.clone())?;
+            }
+            Ok(())
+        })();
+        if let Err(fault) = outcome {
+            self.pending = Some(pending);
+            return Err(fault);
+        }
+        self.finish(wire, pending)
+    }
+
+    fn send_piece(&mut self, wire: &mut Wire, piece: Vec<u8>) -> Res<()> {
+        let bytes = piece.len() as u64;
+        wire.payload(piece)?;
+        self.group.with_live(|live| live.counters.bytes_sent += bytes);
+        Ok(())
+    }
+
+    /// The end of the payload, the wait for the receipt, and what it allows:
+    ///
+    /// 1. The pending position is remembered beside the bits, before the peer can commit it.
+    /// 2. `End` is sent; the peer commits; its receipt is checked against our digest.
+    /// 3. Only then are the bits let go,
+    /// 4. and only then is the peer believed to hold what was sent.
+    fn finish(&mut self, wire: &mut Wire, pending: Pending) -> Res<(Position, Digest)> {
+        let Pending { position, cut_at, began, sent, pieces } = pending;
+        let outcome = (|| {
+            let (digest, message) = wire.sender.end(cut_at)?;
+            let mut tracker = self.agent.tracker()?;
+            let base = tracker.base(self.spec.id)?;
+            tracker.set_base(self.spec.id, Base { pending: (position, digest), ..base })?;
+            drop(tracker);
+            wire.send(&message)?;
+            match wire.wait()? {
+                SenderEvent::Committed(receipt) => Ok(receipt),
+                other => Err(Fault::protocol(format!("{other:?} came where a receipt was due"))),
+            }
+        })();
+        let receipt = match outcome {
+            Ok(receipt) => receipt,
+            Err(fault) => {
+                // Without rounds the whole payload is in memory, and the cut stays valid.
+                if !pieces.is_empty() {
+                    self.pending = Some(Pending { position, cut_at, began, sent, pieces });
+                }
+                return Err(fault);
+            }
+        };
+        self.agent.tracker()?.release(self.spec.id, &receipt)?;
+        sent.believe(&mut self.known)?;
+        self.group.with_live(|live| {
+            live.counters.generations += 1;
+            live.counters.cycles.add(began.elapsed());
+        });
+        self.dirty_blocks()?;
+        self.good(receipt.position(), cut_at);
+        Ok((receipt.position(), receipt.digest()))
+    }
+
+    /// An upper bound of a transfer with rounds: what is dirty now, a quarter more for what is written meanwhile, and room.
+    fn bound(&self, dirty_bytes: u64) -> u64 {
+        dirty_bytes + dirty_bytes / 4 + (dirty_bytes / BLOCK_BYTES) * 32 + 2 * self.agent.settings.cut_max_bytes + (64 << 20)
+    }
+
+    fn begin(&mut self, wire: &mut Wire, rounds: &mut Rounds, position: Position, landing: Landing, bound: u64) -> Res<()> {
+        let message = wire.sender.begin(position, landing, bound)?;
+        wire.send(&message)?;
+        rounds.open = true;
+        Ok(())
+    }
+
+    /// Ships the set as it runs, again and again, until what is left can be cut. No drain is needed between flip and read: a
+    /// write that was in flight sets its bit again when it completes (kernel-notes T).
+    fn rounds(&mut self, wire: &mut Wire, rounds: &mut Rounds, position: Position, landing: Landing, dirty_bytes: u64, limits: cut::Limits) -> Res<()> {
+        self.state(if landing == Landing::Direct { "first sync" } else { "catching up" });
+        self.begin(wire, rounds, position, landing, self.bound(dirty_bytes))?;
+        let mut before = u64::MAX;
+        for _ in 0..ROUNDS_MAX {
+            let left = self.active_bytes()?;
+            // Small enough for a freeze, or no longer shrinking: the cut itself decides.
+            if left <= limits.cut_max_bytes / 4 || (left <= limits.cut_max_bytes && left >= before) {
+                break;
+            }
+            before = left;
+            self.agent.tracker()?.flip(self.spec.id)?;
+            self.ship_taken(wire, rounds, landing, left)?;
+        }
+        Ok(())
+    }
+
+    fn active_bytes(&self) -> Res<u64> {
+        let tracker = self.agent.tracker()?;
+        let mut blocks = 0;
+        for volume in &self.spec.volumes {
+            blocks += tracker.active_blocks(volume.id)?;
+        }
+        Ok(blocks * BLOCK_BYTES)
+    }
+
+    /// Reads and sends the taken sets as they are now.
+    fn ship_taken(&mut self, wire: &mut Wire, rounds: &mut Rounds, landing: Landing, total: u64) -> Res<()> {
+        let mut done = 0;
+        for index in 0..self.volumes.len() {
+            let taken = self.agent.tracker()?.taken(self.spec.volumes[index].id)?;
+            let changed = taken.count() * BLOCK_BYTES;
+            let mut encoder = Encoder::default();
+            let mut ready: Vec<Vec<u8>> = Vec::new();
+            let Primary { engine, volumes, known, group, .. } = self;
+            let read = reader::read(engine.as_mut(), &volumes[index].image, &taken, &mut |run, bytes| {
+                done += bytes.len() as u64;
+                if let Some(piece) = encoder.add(index as u16, run, bytes, &mut known[index]) {
+                    let sent_bytes = piece.len() as u64;
+                    wire.payload(piece)?;
+                    rounds.since_segment += sent_bytes;
+                    group.with_live(|live| {
+                        live.counters.bytes_sent += sent_bytes;
+                        live.progress = Some(Progress { what: live.state.clone(), done, total: total.max(done) });
+                    });
+                    if landing == Landing::Direct && rounds.since_segment >= SEGMENT_BYTES {
+                        rounds.segment(wire, std::mem::take(&mut encoder.sent), known)?;
+                    }
+                }
+                Ok(())
+            })?;
+            let last = encoder.take();
+            if !last.is_empty() {
+                ready.push(last);
+            }
+            for piece in ready {
+                rounds.since_segment += piece.len() as u64;
+                self.send_piece(wire, piece)?;
+            }
+            match landing {
+                Landing::Direct => rounds.segment(wire, encoder.sent, &mut self.known)?,
+                Landing::Journal => rounds.sent.append(encoder.sent),
+            }
+            self.group.with_live(|live| {
+                live.counters.bytes_read += read;
+                live.counters.bytes_changed += changed;
+            });
+        }
+        Ok(())
+    }
+
+    fn finish_segments(&mut self, wire: &mut Wire, rounds: &mut Rounds) -> Res<()> {
+        while !rounds.segments.is_empty() {
+            let event = wire.wait()?;
+            rounds.on_event(event, &mut self.known)?;
+        }
+        Ok(())
+    }
+
+    /// Compares both sides window by window, between cycles: a block that differs and was not written is a mismatch.
+    fn verify(&mut self, wire: &mut Wire) -> Res<(serde_json::Value, Exit)> {
+        self.state("verifying");
+        let (mut compared, mut skipped, mut mismatched) = (0u64, 0u64, Vec::new());
+        let total: u64 = self.spec.volumes.iter().map(|v| v.blocks()).sum();
+        for index in 0..self.volumes.len() {
+            let volume = self.spec.volumes[index].clone();
+            let mut start = 0;
+            while start < volume.blocks() {
+                let window = BlockRun { start, count: VERIFY_WINDOW_BLOCKS.min(volume.blocks() - start) };
+                let theirs = self.digests_of(wire, index, window)?;
+                let mut mine = BlockSet::empty(volume.blocks());
+                mine.insert(window);
+                let before = self.agent.tracker()?.dirty(volume.id)?;
+                mine.subtract(&before);
+                skipped += window.count - mine.count();
+                let mut differ =
+                    verify::differing(self.engine.as_mut(), &self.volumes[index].image, &mine, window.start, &theirs)?;
+                // A block that was written since the standby's tip may differ; its bit says so, set before its data changed.
+                differ.subtract(&self.agent.tracker()?.dirty(volume.id)?);
+                compared += mine.count();
+                for run in differ.runs(u64::MAX) {
+                    mismatched.push(json!({ "volume": volume.name, "block": run.start, "blocks": run.count }));
+                    self.known[index].forget(run);
+                    tracing::error!(volume = %volume.name, block = run.start, blocks = run.count, "verify: differs from the standby, will be sent again");
+                }
+                if !differ.is_empty() {
+                    let count = differ.count();
+                    self.group.with_live(|live| live.counters.mismatched_blocks += count);
+                    self.agent.tracker()?.mark(volume.id, &differ)?;
+                }
+                start = window.end();
+                self.progress("verifying", (compared + skipped) * BLOCK_BYTES, total * BLOCK_BYTES);
+            }
+        }
+        self.group.with_live(|live| live.progress = None);
+        let exit = if mismatched.is_empty() { Exit::Done } else { Exit::Degraded };
+        if exit == Exit::Degraded {
+            self.group.with_live(|live| {
+                live.fault(Fault::new(
+                    Code::VerifyMismatch,
+                    format!("group {}", self.group.name),
+                    "blocks that nobody had written differ on the standby",
+                    "they are sent again now; look for a failing disk or a writer of the image file",
+                ));
+            });
+        } else {
+            self.group.with_live(|live| live.clear(Code::VerifyMismatch));
+        }
+        Ok((
+            json!({ "group": self.group.name, "compared_blocks": compared, "skipped_dirty_blocks": skipped, "mismatched": mismatched }),
+            exit,
+        ))
+    }
+
+    fn digests_of(&mut self, wire: &mut Wire, index: usize, window: BlockRun) -> Res<Vec<u8>> {
+        let mut theirs = vec![0u8; window.count as usize * 16];
+        let message = wire.sender.want_digests(index as u16, window.start, window.count)?;
+        wire.send(&message)?;
+        loop {
+            match wire.wait()? {
+                SenderEvent::Digests { volume, start, digests } if usize::from(volume) == index => {
+                    let at = start.checked_sub(window.start).map(|b| b as usize * 16);
+                    match at.and_then(|at| theirs.get_mut(at..at.checked_add(digests.len())?)) {
+                        Some(place) => place.copy_from_slice(&digests),
+                        None => return Err(Fault::protocol("digests came for blocks that were not asked for")),
+                    }
+                }
+                SenderEvent::DigestsDone { .. } => return Ok(theirs),
+                other => return Err(Fault::protocol(format!("{other:?} came among digests"))),
+            }
+        }
+    }
+
+    /// Containers are captured again; a changed recipe is made durable on both sides. A dockerd that does not answer changes
+    /// nothing: the last recipe stays.
+    fn look_at_recipes(&mut self, wire: &mut Wire) -> Res<()> {
+        self.recipe_looked = Instant::now();
+        let Ok(docker) = self.agent.docker() else { return Ok(()) };
+        let mut spec = self.spec.clone();
+        for container in &mut spec.containers {
+            // Compared by name and image only where the container is gone: it may be between two lives.
+            match docker.capture(&container.name) {
+                Ok(now) if now.image == container.image => *container = now,
+                _ => {}
+            }
+        }
+        if recipes(&spec) != recipes(&self.spec) {
+            self.spec = spec.clone();
+            self.group.edit_ledger(|record| {
+                record.spec = spec.clone();
+                Ok(())
+            })?;
+            self.define(wire)?;
+        }
+        Ok(())
+    }
+}
+
+/// The parts of a recipe whose change matters: configuration, not state.
+fn recipes(spec: &GroupSpec) -> Vec<(String, serde_json::Value)> {
+    let keep = ["Config", "HostConfig", "Mounts"];
+    let part = |v: &serde_json::Value| json!(keep.map(|k| v.get(k).cloned().unwrap_or_default()));
+    spec.containers.iter().map(|c| (c.name.clone(), part(&c.inspect))).collect()
+}
+
+/// A transfer with rounds.
+struct Rounds {
+    open: bool,
+    sent: Sent,
+    segments: VecDeque<(u64, Sent)>,
+    since_segment: u64,
+}
+
+impl Rounds {
+    /// Asks that what was sent directly so far be made durable; several may be on their way.
+    fn segment(&mut self, wire: &mut Wire, sent: Sent, known: &mut [Known]) -> Res<()> {
+        let (number, message) = wire.sender.segment()?;
+        wire.send(&message)?;
+        self.segments.push_back((number, sent));
+        self.since_segment = 0;
+        while let Some(event) = wire.take() {
+            self.on_event(event, known)?;
+        }
+        Ok(())
+    }
+
+    fn on_event(&mut self, event: SenderEvent, known: &mut [Known]) -> Res<()> {
+        match (event, self.segments.pop_front()) {
+            (SenderEvent::SegmentDone { number }, Some((asked, sent))) if number == asked => sent.believe(known),
+            (event, _) => Err(Fault::protocol(format!("{event:?} came where a segment was due"))),
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! Owns what the standby is known to hold: one 128-bit digest a block, in a sparse file that mirrors the volume.
+//! Gives, for a block's digest, whether sending it would change anything there.
+//! Keeps an entry only while it is proven: forgotten before a block is sent, set again by its receipt.
+//! Never speaks to the standby, never reads the volume.
+//! Assumes a shared mapping survives the death of the process, not of the host (after which all is compared anyway).
+#![allow(unsafe_code)]
+
+use crate::delta::BlockDigest;
+use crate::model::{BlockRun, BlockSet, Code, Digest, Fault, Res};
+use memmap2::MmapMut;
+use std::fs::{File, OpenOptions};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+const DIGEST_BYTES: usize = 16;
+/// The header: magic, version, then 32 bytes that say which copy of which group the digests describe.
+const HEADER_BYTES: u64 = 4096;
+const MAGIC: &[u8; 8] = b"DBLKNOW1";
+
+/// The digests of one volume's replica.
+pub struct Known {
+    map: MmapMut,
+    file: File,
+    blocks: u64,
+    path: String,
+}
+
+impl Known {
+    /// Opens the file of a volume of `blocks` blocks, or makes it. `about` names the copy (a digest over group, volume and
+    /// peer): a file about anything else is emptied. `.1` = it holds nothing yet.
+    pub fn open(path: &Path, blocks: u64, about: Digest) -> Res<(Known, bool)> {
+        let shown = path.display().to_string();
+        let io = |e: std::io::Error| Fault::io(format!("digest map {shown}"), &e);
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path).map_err(io)?;
+        let want = HEADER_BYTES + blocks * DIGEST_BYTES as u64;
+        let mut fresh = file.metadata().map_err(io)?.len() != want;
+        if fresh {
+            file.set_len(0).map_err(io)?;
+            file.set_len(want).map_err(io)?;
+        }
+        // SAFETY: the file is ours alone (0600 in a locked state directory) and is never truncated while mapped.
+        let map = unsafe { MmapMut::map_mut(&file) }.map_err(io)?;
+        let mut known = Known { map, file, blocks, path: shown };
+        if known.header() != header(about) {
+            fresh = true;
+            known.all_zero(about)?;
+        }
+        Ok((known, fresh))
+    }
+
+    fn header(&self) -> [u8; 40] {
+        let mut bytes = [0; 40];
+        bytes.copy_from_slice(&self.map[..40]);
+        bytes
+    }
+
+    /// Starts over: the replica is known to be zero everywhere (it has just been made).
+    pub fn all_zero(&mut self, about: Digest) -> Res<()> {
+        let len = HEADER_BYTES + self.blocks * DIGEST_BYTES as u64;
+        // Punching the whole file makes every mapped page read as zero again and costs no write.
+        // SAFETY: plain fallocate(2) on a descriptor that we own.
+        let done = unsafe {
+            libc::fallocate(self.file.as_raw_fd(), libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, 0, len as libc::off_t)
+        };
+        if done != 0 {
+            self.map.fill(0);
+        }
+        self.map[..40].copy_from_slice(&header(about));
+        Ok(())
+    }
+
+    fn at(&self, block: u64) -> usize {
+        HEADER_BYTES as usize + block as usize * DIGEST_BYTES
+    }
+
+    /// What the standby holds of a block.
+    pub fn get(&self, block: u64) -> BlockDigest {
+        let mut digest = [0; DIGEST_BYTES];
+        digest.copy_from_slice(&self.map[self.at(block)..self.at(block) + DIGEST_BYTES]);
+        BlockDigest(digest)
+    }
+
+    /// The standby has proven to hold these digests from `start` on (16 bytes each). Error: `PROTOCOL_ERROR` past the volume.
+    pub fn set(&mut self, start: u64, digests: &[u8]) -> Res<()> {
+        let count = (digests.len() / DIGEST_BYTES) as u64;
+        if digests.len() % DIGEST_BYTES != 0 || start.checked_add(count).is_none_or(|end| end > self.blocks) {
+            return Err(Fault::protocol(format!("digests for blocks {start}+{count} of a volume of {} blocks", self.blocks)));
+        }
+        let at = self.at(start);
+        self.map[at..at + digests.len()].copy_from_slice(digests);
+        Ok(())
+    }
+
+    /// From now on nothing is known of these blocks.
+    pub fn forget(&mut self, run: BlockRun) {
+        let (from, to) = (self.at(run.start.min(self.blocks)), self.at(run.end().min(self.blocks)));
+        self.map[from..to].fill(0xff);
+    }
+
+    /// The blocks that may be other than zero on the standby: found by the file's data extents, so that a sparse volume costs
+    /// nothing. Error: `IO_ERROR`.
+    pub fn nonzero(&self) -> Res<BlockSet> {
+        let mut set = BlockSet::empty(self.blocks);
+        let end = HEADER_BYTES + self.blocks * DIGEST_BYTES as u64;
+        let mut at = HEADER_BYTES;
+        while at < end {
+            let Some(data) = self.seek(at, libc::SEEK_DATA)? else { break };
+            let hole = self.seek(data, libc::SEEK_HOLE)?.unwrap_or(end).min(end);
+            for index in (data.max(HEADER_BYTES) - HEADER_BYTES) / DIGEST_BYTES as u64..(hole - HEADER_BYTES).div_ceil(DIGEST_BYTES as u64) {
+                if index < self.blocks && self.get(index) != BlockDigest::ZERO {
+                    set.insert(BlockRun { start: index, count: 1 });
+                }
+            }
+            at = hole;
+        }
+        Ok(set)
+    }
+
+    fn seek(&self, from: u64, whence: i32) -> Res<Option<u64>> {
+        // SAFETY: lseek(2) on a descriptor that we own; the file position is used by nobody.
+        let at = unsafe { libc::lseek(self.file.as_raw_fd(), from as libc::off_t, whence) };
+        if at >= 0 {
+            return Ok(Some(at as u64));
+        }
+        let error = std::io::Error::last_os_error();
+        match error.raw_os_error() {
+            Some(libc::ENXIO) => Ok(None),
+            // A file system without holes: everything may hold data.
+            Some(libc::EINVAL) if whence == libc::SEEK_DATA => Ok(Some(from)),
+            _ => Err(Fault::io(format!("digest map {}", self.path), &error)),
+        }
+    }
+
+    /// Number of blocks.
+    pub fn blocks(&self) -> u64 {
+        self.blocks
+    }
+
+    /// Checks that `run` lies on the volume.
+    pub fn check(&self, run: BlockRun) -> Res<()> {
+        match run.start.checked_add(run.count) {
+            Some(end) if end <= self.blocks => Ok(()),
+            _ => Err(Fault::new(Code::Internal, "digest map", format!("{run:?} is past {} blocks", self.blocks), "please report this")),
+        }
+    }
+}
+
+fn header(about: Digest) -> [u8; 40] {
+    let mut bytes = [0; 40];
+    bytes[..8].copy_from_slice(MAGIC);
+    bytes[8..].copy_from_slice(&about.0);
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_new_map_is_all_zero_and_remembers_only_what_was_proven() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("map");
+        let about = Digest([7; 32]);
+        let (mut known, fresh) = Known::open(&path, 10_000, about).unwrap();
+        assert!(fresh);
+        assert_eq!(known.get(9_999), BlockDigest::ZERO);
+        known.set(5_000, &[1; 32]).unwrap();
+        known.forget(BlockRun { start: 7_000, count: 2 });
+        assert_eq!(known.get(5_001), BlockDigest([1; 16]));
+        assert_eq!(known.get(7_001), BlockDigest::UNKNOWN);
+        let set = known.nonzero().unwrap();
+        assert_eq!(set.runs(99).collect::<Vec<_>>(), vec![BlockRun { start: 5_000, count: 2 }, BlockRun { start: 7_000, count: 2 }]);
+        assert!(known.set(9_999, &[1; 32]).is_err());
+        drop(known);
+        let (known, fresh) = Known::open(&path, 10_000, about).unwrap();
+        assert!(!fresh);
+        assert_eq!(known.get(5_000), BlockDigest([1; 16]));
+        drop(known);
+        for (blocks, about) in [(10_000, Digest([8; 32])), (10_001, Digest([8; 32]))] {
+            let (known, fresh) = Known::open(&path, blocks, about).unwrap();
+            assert!(fresh);
+            assert_eq!(known.get(5_000), BlockDigest::ZERO);
+        }
+    }
+}
