@@ -192,30 +192,40 @@ fn waiting_requests_leave_a_place_for_a_failover() {
         Ok((json!("done"), Exit::Done))
     });
     let socket = place.serve(handler);
-    let ask = |request: Request| {
+    let ask = |request: Request| call(&socket, &request, &mut |_| {}).unwrap();
+    let busy = |event: &Event| matches!(event, Event::Failed { fault } if fault.code == Code::GroupBusy);
+    // A place comes back a moment after its client has its answer, so whoever ought to find one may have to knock twice.
+    let insist = |request: Request| {
         let socket = socket.clone();
-        std::thread::spawn(move || call(&socket, &request, &mut |_| {}).unwrap())
+        std::thread::spawn(move || {
+            loop {
+                let event = call(&socket, &request, &mut |_| {}).unwrap();
+                if !busy(&event) {
+                    return event;
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        })
     };
-    let busy = |event: Event| matches!(event, Event::Failed { fault } if fault.code == Code::GroupBusy);
     let waiting = || Request::Sync { group: "g".into(), wait: true };
-    let mut held: Vec<_> = (0..48).map(|_| ask(waiting())).collect();
+    let mut held: Vec<_> = (0..48).map(|_| insist(waiting())).collect();
     for _ in 0..48 {
         has_begun.recv_timeout(LONG).unwrap();
     }
-    assert!(busy(ask(waiting()).join().unwrap()), "the 49th that waits is refused");
+    assert!(busy(&ask(waiting())), "the 49th that waits is refused");
     let failover = || Request::Failover { group: "g".into(), dry_run: false, force: false };
-    assert!(matches!(ask(failover()).join().unwrap(), Event::Done { .. }), "a failover finds its place");
-    held.extend((0..16).map(|_| ask(Request::Status)));
+    assert!(matches!(ask(failover()), Event::Done { .. }), "a failover finds its place");
+    held.extend((0..16).map(|_| insist(Request::Status)));
     for _ in 0..16 {
         has_begun.recv_timeout(LONG).unwrap();
     }
-    assert!(busy(ask(Request::Status).join().unwrap()), "the 65th of any kind is refused");
+    assert!(busy(&ask(Request::Status)), "the 65th of any kind is refused");
     *gate.0.lock().unwrap() = true;
     gate.1.notify_all();
     for one in held {
         assert!(matches!(one.join().unwrap(), Event::Done { .. }));
     }
-    assert!(matches!(ask(Request::Status).join().unwrap(), Event::Done { .. }), "places come back");
+    assert!(matches!(insist(Request::Status).join().unwrap(), Event::Done { .. }), "places come back");
 }
 
 #[test]
@@ -326,7 +336,7 @@ fn an_agent_that_answers_strangely_is_told_apart() {
 }
 
 #[test]
-fn a_pairing_code_is_in_no_log_of_the_request() {
+fn a_request_can_be_logged_without_its_pairing_code() {
     let place = Place::new();
     let socket = place.serve(Arc::new(|request, _| Ok((json!(format!("{request:?}")), Exit::Done))));
     let mut stream = UnixStream::connect(socket).unwrap();

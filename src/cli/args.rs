@@ -154,14 +154,13 @@ pub(super) enum VolumeVerb {
 }
 
 #[derive(Debug, ClapArgs)]
-#[group(id = "what", required = true, multiple = true, args = ["containers", "volumes"])]
 pub(super) struct Protect {
     /// The group's name
     pub group: String,
     /// A container of the group, with all its volumes; may be repeated
-    #[arg(long = "container", value_name = "CONTAINER")]
+    #[arg(long = "container", value_name = "CONTAINER", required_unless_present = "volumes")]
     pub containers: Vec<String>,
-    /// A volume of the group; may be repeated
+    /// A volume of the group, besides those of its containers; may be repeated
     #[arg(long = "volume", value_name = "VOLUME")]
     pub volumes: Vec<String>,
     /// The paired host that stands by; needed when more than one is paired
