@@ -1,6 +1,7 @@
 //! What this host can and cannot do, each with its cure; nothing is changed.
 
 use crate::config::Settings;
+use crate::control::{Event, Sink};
 use crate::device;
 use crate::docker::Docker;
 use crate::host;
@@ -25,7 +26,7 @@ fn said(fault: Fault) -> (String, String) {
 }
 
 /// Looks at the host. Exit: 0 all well, 4 something optional is missing, 3 something needed is missing.
-pub fn doctor(settings: &Settings) -> Res<(Value, Exit)> {
+pub fn doctor(settings: &Settings, sink: Sink<'_>) -> Res<(Value, Exit)> {
     let mut checks = vec![kernel(), btf(), tracker(settings), engine(settings)];
     for (name, needed, tool, package) in [
         ("mkfs.ext4", true, "mkfs.ext4", "e2fsprogs"),
@@ -44,13 +45,17 @@ pub fn doctor(settings: &Settings) -> Res<(Value, Exit)> {
     ));
     let bad_needed = checks.iter().any(|c| c.needed && c.outcome.is_err());
     let bad = checks.iter().any(|c| c.outcome.is_err());
-    let rows: Vec<Value> = checks
-        .into_iter()
-        .map(|c| match c.outcome {
-            Ok(detail) => json!({ "check": c.name, "ok": true, "needed": c.needed, "detail": detail, "cure": null }),
-            Err((detail, cure)) => json!({ "check": c.name, "ok": false, "needed": c.needed, "detail": detail, "cure": cure }),
-        })
-        .collect();
+    let mut rows: Vec<Value> = Vec::new();
+    for c in checks {
+        let (outcome, detail, cure) = match (c.outcome, c.needed) {
+            (Ok(detail), _) => ("ok", detail, String::new()),
+            (Err((detail, cure)), true) => ("failed", detail, cure),
+            (Err((detail, cure)), false) => ("degraded", detail, cure),
+        };
+        let words = if cure.is_empty() { detail.clone() } else { format!("{detail}; {cure}") };
+        sink(Event::Step { name: c.name.into(), outcome: outcome.into(), detail: words, ms: 0 });
+        rows.push(json!({ "name": c.name, "outcome": outcome, "needed": c.needed, "detail": detail, "cure": cure }));
+    }
     let exit = match (bad_needed, bad) {
         (true, _) => Exit::Refused,
         (false, true) => Exit::Degraded,

@@ -40,6 +40,7 @@ pub struct Standby {
     pub engine: Box<dyn Engine>,
     open: Option<OpenTransfer>,
     landing: Landing,
+    spec: GroupSpec,
 }
 
 impl Standby {
@@ -70,7 +71,7 @@ impl Standby {
         }
         let (journal, sealed) = open_journal(agent, group, &record)?;
         let mut standby =
-            Standby { journal, replicas, paths, holds, sealed, engine, open: None, landing: Landing::Journal };
+            Standby { journal, replicas, paths, holds, sealed, engine, open: None, landing: Landing::Journal, spec: record.spec.clone() };
         if record.role == Role::Standby {
             standby.apply_sealed(group)?;
         }
@@ -386,7 +387,7 @@ fn act(agent: &Arc<Agent>, group: &Arc<Group>, channel: &mut Channel, receiver: 
     match action {
         ReceiverAction::Send(message) => channel.send(&message),
         ReceiverAction::Define { spec } => {
-            redefine(agent, group, &spec)?;
+            redefine(group, &spec)?;
             channel.send(&Message::Defined)
         }
         ReceiverAction::Begin { position, parent, parent_digest, landing, payload_max_bytes } => {
@@ -410,14 +411,13 @@ fn act(agent: &Arc<Agent>, group: &Arc<Group>, channel: &mut Channel, receiver: 
             }
         }
         ReceiverAction::Store { bytes } => {
-            let record = group.record()?;
             let len = bytes.len() as u64;
             let written = match standby.landing {
                 Landing::Direct => {
-                    apply::apply_direct(&bytes, &record.spec, &standby.replicas, standby.engine.as_mut()).map_err(on_standby)?
+                    apply::apply_direct(&bytes, &standby.spec, &standby.replicas, standby.engine.as_mut()).map_err(on_standby)?
                 }
                 Landing::Journal => {
-                    standby.journal.append(&bytes, &record.spec.volumes).map_err(on_standby)?;
+                    standby.journal.append(&bytes, &standby.spec.volumes).map_err(on_standby)?;
                     len
                 }
             };
@@ -500,7 +500,7 @@ fn on_standby(fault: Fault) -> Fault {
 }
 
 /// The primary says the definition again; containers and images may change, volumes may not.
-fn redefine(agent: &Agent, group: &Group, bytes: &[u8]) -> Res<()> {
+fn redefine(group: &Group, bytes: &[u8]) -> Res<()> {
     let spec = parse_spec(bytes, group.id)?;
     let old = group.record()?.spec;
     if spec == old {
@@ -514,7 +514,6 @@ fn redefine(agent: &Agent, group: &Group, bytes: &[u8]) -> Res<()> {
             "protect the changed set under a new group name",
         ));
     }
-    let _ = agent;
     group.edit_ledger(|record| {
         record.spec = spec.clone();
         Ok(())
