@@ -3,10 +3,26 @@
 //! Keeps a bit until the receipt of the generation that carried it; an agent's death loses none.
 //! Never guesses clean: what it cannot prove is reported as doubt.
 //! Assumes the notes headed T in `kernel-notes.md`.
+#![allow(unsafe_code)]
+
+mod grace;
+mod halves;
+mod kernel;
+mod notes;
+mod scratch;
+mod sysfs;
+mod witness;
 
 use crate::host::DeviceIdentity;
-use crate::model::{BlockSet, Digest, GroupId, Position, Receipt, Res, VolumeId};
+use crate::model::{BLOCK_BYTES, BlockSet, Code, Digest, Fault, GroupId, Position, Receipt, Res, Uuid, VolumeId};
+use crate::tracker::halves::{HALVES, Halves, words_for};
+use crate::tracker::kernel::{Kernel, MAX_VOLUMES, Target};
+use crate::tracker::notes::{GroupNote, Stage, VolumeNote};
+use crate::tracker::sysfs::Disk;
+use crate::tracker::witness::Reading;
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::time::Duration;
 
 /// Why a volume's set of changed blocks cannot be trusted; each leads to a full comparison.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,42 +51,517 @@ pub enum Continuity {
     Fresh,
 }
 
+/// A volume whose bits are in the kernel.
+struct Volume {
+    slot: u32,
+    note: VolumeNote,
+    halves: Halves,
+    /// Named by `track` in this life of the agent; a volume that was only found is carried along, but not believed.
+    claimed: bool,
+}
+
+/// How long the two accounts of a disk are given to meet: a completion that was counted by a program reaches the
+/// kernel's statistics a few instructions later, or, interrupted, a little after that.
+const SETTLE: Duration = Duration::from_millis(10);
+/// How often a moment without writes is looked for when counting begins anew.
+const SETTLE_TRIES: usize = 3;
+
 /// The tracker of one host.
-pub struct Tracker;
+pub struct Tracker {
+    kernel: Kernel,
+    /// The slot of each group.
+    groups: BTreeMap<GroupId, u32>,
+    volumes: BTreeMap<VolumeId, Volume>,
+}
 
 impl Tracker {
     /// Opens the pinned programs and maps under `pin_dir` (on bpffs, mounted if it is not), or loads and pins them.
     /// Errors: `KERNEL_UNSUPPORTED` (no BTF, no BPF, no tracepoint; names which).
-    pub fn open(_pin_dir: &Path) -> Res<Tracker> { todo!() }
+    pub fn open(pin_dir: &Path) -> Res<Tracker> {
+        let kernel = Kernel::open(pin_dir)?;
+        let mut tracker = Tracker { kernel, groups: BTreeMap::new(), volumes: BTreeMap::new() };
+        // A previous life may have died between the store of a phase and its grace period.
+        tracker.grace_period()?;
+        for slot in 0..MAX_VOLUMES {
+            let note = GroupNote::from_record(&tracker.kernel.group_record(slot)?);
+            if note.used != 0 {
+                tracker.groups.insert(Uuid(note.id), slot);
+            }
+        }
+        for slot in 0..MAX_VOLUMES {
+            let Some(note) = VolumeNote::from_record(&tracker.kernel.volume_record(slot)?) else { continue };
+            match tracker.found_volume(slot, &note) {
+                Some(halves) => drop(tracker.volumes.insert(note.id, Volume { slot, note, halves, claimed: false })),
+                None => tracker.clear_slot(slot)?,
+            }
+        }
+        let empty: Vec<GroupId> = tracker.groups.keys().copied().filter(|group| tracker.members(*group).is_empty()).collect();
+        empty.into_iter().try_for_each(|group| tracker.drop_group(group))?;
+        Ok(tracker)
+    }
+
     /// Writes known patterns to a scratch loop device in `scratch_dir` (a partition and a 128 MiB write among them, discards,
     /// write-zeroes) and must see every block. Error: `TRACKER_BLIND` with the first block missed.
-    pub fn self_test(&mut self, _scratch_dir: &Path) -> Res<()> { todo!() }
+    pub fn self_test(&mut self, scratch_dir: &Path) -> Res<()> {
+        scratch::run(self, scratch_dir)
+    }
+
     /// Tracks a device as a volume of a group. All volumes of a group flip together.
-    pub fn track(&mut self, _group: GroupId, _volume: VolumeId, _device: &DeviceIdentity) -> Res<Continuity> { todo!() }
-    /// Forgets a volume, its bits and pins.
-    pub fn untrack(&mut self, _volume: VolumeId) -> Res<()> { todo!() }
+    ///
+    /// `Fresh` leaves both halves empty: the caller marks what it does not know to be equal, usually everything. Errors:
+    /// `NOT_A_BLOCK_IMAGE`, `KERNEL_UNSUPPORTED`, `VOLUME_IN_USE` for devices whose writes would not all be seen;
+    /// `IDENTITY_CHANGED` when the device is no longer what `device` says.
+    pub fn track(&mut self, group: GroupId, volume: VolumeId, device: &DeviceIdentity) -> Res<Continuity> {
+        let disk = Disk::find(device.major, device.minor)?;
+        disk.check_trackable()?;
+        if let Some(difference) = disk.difference(device) {
+            return Err(Fault::new(
+                Code::IdentityChanged,
+                format!("volume {volume}"),
+                difference,
+                "read its identity again and retry",
+            ));
+        }
+        if device.size_bytes == 0 {
+            return Err(Fault::new(Code::NotABlockImage, disk.device(), "it has no bytes", "attach a file that is not empty"));
+        }
+        let same_disk = |other: &Volume| {
+            let known = &other.note.identity;
+            other.claimed && (known.major, known.minor, known.diskseq) == (device.major, device.minor, device.diskseq)
+        };
+        if let Some((other, _)) = self.volumes.iter().find(|(id, other)| **id != volume && same_disk(other)) {
+            let cause = format!("it is already tracked as volume {other}");
+            return Err(Fault::new(Code::VolumeInUse, disk.device(), cause, "use one volume per device"));
+        }
+        if self.volumes.contains_key(&volume) {
+            match self.broken(group, volume, device)?.into_iter().next() {
+                None => {
+                    self.volume_mut(volume)?.claimed = true;
+                    return Ok(Continuity::Unbroken);
+                }
+                Some(reason) => {
+                    tracing::warn!(%volume, %reason, "the pinned bits do not count: tracking begins afresh");
+                    self.untrack(volume)?;
+                }
+            }
+        }
+        self.begin(group, volume, device, &disk)?;
+        Ok(Continuity::Fresh)
+    }
+
+    /// Forgets a volume, its bits and pins. Error: `VOLUME_UNKNOWN`.
+    pub fn untrack(&mut self, volume: VolumeId) -> Res<()> {
+        let Some(known) = self.volumes.get(&volume) else { return Err(unknown_volume(volume)) };
+        let (slot, group) = (known.slot, known.note.group);
+        self.clear_slot(slot)?;
+        self.volumes.remove(&volume);
+        if self.members(group).is_empty() {
+            self.drop_group(group)?;
+        }
+        Ok(())
+    }
+
     /// Begins a new phase for the group: bits that were taken without a receipt go back first, then one store and one grace
-    /// period; after it every earlier write has its bit in the taken half.
-    pub fn flip(&mut self, _group: GroupId) -> Res<()> { todo!() }
-    /// The blocks taken by the last flip.
-    pub fn taken(&self, _volume: VolumeId) -> Res<BlockSet> { todo!() }
-    /// The blocks dirtied since the last flip, so far.
-    pub fn active(&self, _volume: VolumeId) -> Res<BlockSet> { todo!() }
-    /// Number of blocks in either half.
-    pub fn dirty_blocks(&self, _volume: VolumeId) -> Res<u64> { todo!() }
-    /// Sets bits in the active half (returned bits, repairs, a full comparison).
-    pub fn mark(&mut self, _volume: VolumeId, _blocks: &BlockSet) -> Res<()> { todo!() }
+    /// period; after it every earlier write has its bit in the taken half. Error: `GROUP_UNKNOWN`.
+    ///
+    /// Why a death between any two steps loses no bit:
+    /// 1. *Give back*: every bit of the taken half is set in the active half too. Died before the end: the taken half
+    ///    still has all of its bits, and the next flip begins here again.
+    /// 2. *Clear* the taken half. No program writes to it (the previous flip waited), and died at any word, each cleared
+    ///    bit stands in the active half.
+    /// 3. *Store* the phase: the cleared half becomes active for every program that reads the phase from now on. Died
+    ///    before: nothing flipped. Died after: the taken half has everything from before.
+    /// 4. *Wait* a grace period, so that programs that read the old phase have set their bits. Died before its end:
+    ///    `open` waits one before it does anything else.
+    pub fn flip(&mut self, group: GroupId) -> Res<()> {
+        self.flip_until(group, 4)
+    }
+
+    /// The first `steps` of the four steps of [`Tracker::flip`]; fewer than four is what a death leaves behind. For tests.
+    #[doc(hidden)]
+    pub fn flip_until(&mut self, group: GroupId, steps: u32) -> Res<()> {
+        let slot = self.group_slot(group)?;
+        let phase = self.kernel.phase(slot);
+        let active = u64::from(phase) % HALVES;
+        let taken = (active + 1) % HALVES;
+        let members = self.members(group);
+        if steps >= 1 {
+            members.iter().for_each(|volume| volume.halves.give_back(taken, active));
+        }
+        if steps >= 2 {
+            members.iter().for_each(|volume| volume.halves.clear(taken));
+        }
+        if steps >= 3 {
+            self.kernel.set_phase(slot, phase.wrapping_add(1));
+        }
+        if steps >= 4 {
+            self.grace_period()?;
+        }
+        Ok(())
+    }
+
+    /// The blocks taken by the last flip. Error: `VOLUME_UNKNOWN`.
+    pub fn taken(&self, volume: VolumeId) -> Res<BlockSet> {
+        let known = self.volume(volume)?;
+        Ok(known.halves.set_of(self.taken_half(known)?))
+    }
+
+    /// The blocks dirtied since the last flip, so far. Error: `VOLUME_UNKNOWN`.
+    pub fn active(&self, volume: VolumeId) -> Res<BlockSet> {
+        let known = self.volume(volume)?;
+        Ok(known.halves.set_of(self.active_half(known)?))
+    }
+
+    /// Number of blocks in either half. Error: `VOLUME_UNKNOWN`.
+    pub fn dirty_blocks(&self, volume: VolumeId) -> Res<u64> {
+        Ok(self.volume(volume)?.halves.count_in_any())
+    }
+
+    /// Sets bits in the active half (returned bits, repairs, a full comparison). Error: `VOLUME_UNKNOWN`; `INTERNAL` when
+    /// the set is over another number of blocks.
+    pub fn mark(&mut self, volume: VolumeId, blocks: &BlockSet) -> Res<()> {
+        let known = self.volume(volume)?;
+        check_size(volume, known, blocks)?;
+        known.halves.insert(self.active_half(known)?, blocks);
+        Ok(())
+    }
+
     /// Clears the taken halves of the group against the receipt of the generation that carried them, and remembers it as base.
-    pub fn release(&mut self, _group: GroupId, _receipt: &dyn Receipt) -> Res<()> { todo!() }
-    /// Removes blocks from the taken half of a volume against a receipt (a first sync is received in segments).
-    pub fn release_blocks(&mut self, _volume: VolumeId, _blocks: &BlockSet, _receipt: &dyn Receipt) -> Res<()> { todo!() }
-    /// The pinned base of a group.
-    pub fn base(&self, _group: GroupId) -> Res<Base> { todo!() }
-    /// Replaces the pinned base.
-    pub fn set_base(&mut self, _group: GroupId, _base: Base) -> Res<()> { todo!() }
+    /// Errors: `GROUP_UNKNOWN`; `CHAIN_BROKEN` when the receipt is not that of `base.pending`.
+    ///
+    /// 1. The base is written: acked = the receipt's, pending = none.
+    /// 2. The taken halves are cleared.
+    ///
+    /// Died in between, the bits are still there and are sent once more, on top of a base that is true. In the other order a
+    /// death would leave a base that is older than the bits: changes between the two would be in neither.
+    ///
+    /// When the group flipped again after `base.pending` was set, the halves hold what a later flip took: only 1 is done.
+    pub fn release(&mut self, group: GroupId, receipt: &dyn Receipt) -> Res<()> {
+        let slot = self.group_slot(group)?;
+        let mut note = self.group_note(slot)?;
+        check_receipt(group, &note.base, receipt)?;
+        let same_flip = note.pending_phase == u64::from(self.kernel.phase(slot));
+        note.base = Base { acked: note.base.pending, pending: Default::default() };
+        self.kernel.set_group_record(slot, &note.to_record())?;
+        if same_flip {
+            for volume in self.members(group).into_iter().filter(|volume| volume.claimed) {
+                volume.halves.clear(self.taken_half(volume)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes blocks from the taken half of a volume against a receipt (a first sync is received in segments). The blocks
+    /// must have been read after the last flip. Errors: `VOLUME_UNKNOWN`; `CHAIN_BROKEN` when the receipt is not that of
+    /// `base.pending` (a transfer whose digest is not known yet is pending with an empty one).
+    pub fn release_blocks(&mut self, volume: VolumeId, blocks: &BlockSet, receipt: &dyn Receipt) -> Res<()> {
+        let known = self.volume(volume)?;
+        check_size(volume, known, blocks)?;
+        let base = self.base(known.note.group)?;
+        check_receipt(known.note.group, &base, receipt)?;
+        known.halves.remove(self.taken_half(known)?, blocks);
+        Ok(())
+    }
+
+    /// The pinned base of a group. Error: `GROUP_UNKNOWN`.
+    pub fn base(&self, group: GroupId) -> Res<Base> {
+        Ok(self.group_note(self.group_slot(group)?)?.base)
+    }
+
+    /// Replaces the pinned base, whole or not at all. Error: `GROUP_UNKNOWN`. A new `pending` belongs to the last flip.
+    pub fn set_base(&mut self, group: GroupId, base: Base) -> Res<()> {
+        let slot = self.group_slot(group)?;
+        let mut note = self.group_note(slot)?;
+        if note.base.pending != base.pending {
+            note.pending_phase = u64::from(self.kernel.phase(slot));
+        }
+        note.base = base;
+        self.kernel.set_group_record(slot, &note.to_record())
+    }
+
     /// Reads misses of every copy, link state, identity of each device as the programs see it, and the `/sys/block/X/stat`
-    /// witness. Empty = the bits count. `now` = the identities as read by the caller at this cut.
-    pub fn doubts(&mut self, _group: GroupId, _now: &[(VolumeId, DeviceIdentity)]) -> Res<Vec<Doubt>> { todo!() }
-    /// Starts counting witnesses and misses anew, after a doubt was answered by marking everything.
-    pub fn trust_from_here(&mut self, _group: GroupId) -> Res<()> { todo!() }
+    /// witness. Empty = the bits count. `now` = the identities as read by the caller at this cut. Error: `GROUP_UNKNOWN`.
+    pub fn doubts(&mut self, group: GroupId, now: &[(VolumeId, DeviceIdentity)]) -> Res<Vec<Doubt>> {
+        let slot = self.group_slot(group)?;
+        let mut note = self.group_note(slot)?;
+        // Read before the accounts: what was missed until here is in the kernel's account by then, or not yet completed.
+        let misses = self.kernel.misses()?;
+        let ids: Vec<VolumeId> =
+            self.volumes.iter().filter(|(_, v)| v.claimed && v.note.group == group).map(|(id, _)| *id).collect();
+        let mut doubts = Vec::new();
+        for volume in ids {
+            let reasons = match now.iter().find(|(id, _)| *id == volume) {
+                Some((_, device)) => self.broken(group, volume, device)?,
+                None => vec!["its device was not looked at".to_owned()],
+            };
+            doubts.extend(reasons.into_iter().map(|reason| Doubt { volume, reason }));
+        }
+        // Misses that were shown to concern nobody here need not be explained again. One copy standing still is not enough
+        // for that: a bio may be missed by copy a before the misses are read and by copy b after it.
+        if doubts.is_empty() && note.misses != misses && self.all_proved_whole(group)? {
+            note.misses = misses;
+            self.kernel.set_group_record(slot, &note.to_record())?;
+        }
+        Ok(doubts)
+    }
+
+    /// Starts counting witnesses and misses anew, after a doubt was answered by marking everything. A device that is no
+    /// longer the one recorded stays in doubt until it is tracked again. Error: `GROUP_UNKNOWN`.
+    pub fn trust_from_here(&mut self, group: GroupId) -> Res<()> {
+        let slot = self.group_slot(group)?;
+        let mut note = self.group_note(slot)?;
+        note.misses = self.kernel.misses()?;
+        for id in self.volumes.iter().filter(|(_, v)| v.note.group == group).map(|(id, _)| *id).collect::<Vec<_>>() {
+            let known = self.volume_mut(id)?;
+            let (slot, identity) = (known.slot, known.note.identity.clone());
+            let Ok(disk) = Disk::find(identity.major, identity.minor) else { continue };
+            let reading = self.beginning(slot, &disk)?;
+            let known = self.volume_mut(id)?;
+            known.note.take(&reading);
+            let record = known.note.to_record();
+            self.kernel.set_volume_record(slot, &record)?;
+        }
+        self.kernel.set_group_record(slot, &note.to_record())
+    }
+}
+
+impl Tracker {
+    fn grace_period(&self) -> Res<()> {
+        grace::wait(&self.kernel)
+    }
+    fn group_slot(&self, group: GroupId) -> Res<u32> {
+        self.groups.get(&group).copied().ok_or_else(|| {
+            Fault::new(Code::GroupUnknown, format!("group {group}"), "no volume of it is tracked", "track its volumes first")
+        })
+    }
+    fn group_note(&self, slot: u32) -> Res<GroupNote> {
+        Ok(GroupNote::from_record(&self.kernel.group_record(slot)?))
+    }
+    /// All volumes of the group, those only found among them: they flip too, or their bits would be lost to the phase.
+    fn members(&self, group: GroupId) -> Vec<&Volume> {
+        self.volumes.values().filter(|volume| volume.note.group == group).collect()
+    }
+    fn volume(&self, volume: VolumeId) -> Res<&Volume> {
+        self.volumes.get(&volume).filter(|known| known.claimed).ok_or_else(|| unknown_volume(volume))
+    }
+    fn volume_mut(&mut self, volume: VolumeId) -> Res<&mut Volume> {
+        self.volumes.get_mut(&volume).ok_or_else(|| unknown_volume(volume))
+    }
+    fn active_half(&self, volume: &Volume) -> Res<u64> {
+        Ok(u64::from(self.kernel.phase(self.group_slot(volume.note.group)?)) % HALVES)
+    }
+    fn taken_half(&self, volume: &Volume) -> Res<u64> {
+        Ok((self.active_half(volume)? + 1) % HALVES)
+    }
+
+    /// The halves of a volume that was found in the pins; `None` when it is not whole.
+    fn found_volume(&self, slot: u32, note: &VolumeNote) -> Option<Halves> {
+        let blocks = note.identity.size_bytes.div_ceil(BLOCK_BYTES);
+        let (words, summary) = words_for(blocks);
+        let whole = note.stage == Stage::Live && self.groups.contains_key(&note.group) && !self.volumes.contains_key(&note.id);
+        let shared = whole.then(|| self.kernel.found_bits(slot, HALVES * (words + summary)))?;
+        match shared {
+            Ok(shared) => Some(Halves::new(shared, blocks)),
+            Err(fault) => {
+                tracing::warn!(volume = %note.id, %fault, "a volume's bits were not found whole: it begins afresh");
+                None
+            }
+        }
+    }
+
+    /// Makes a volume from nothing, in six steps. A death before the sixth leaves a slot that the next `open` clears.
+    fn begin(&mut self, group: GroupId, volume: VolumeId, device: &DeviceIdentity, disk: &Disk) -> Res<()> {
+        let taken: Vec<u32> = self.volumes.values().map(|known| known.slot).collect();
+        let free = |taken: &[u32]| (0..MAX_VOLUMES).find(|slot| !taken.contains(slot));
+        let slot = free(&taken).ok_or_else(too_many)?;
+        // 1. The group, if it is new.
+        let group_slot = match self.groups.get(&group) {
+            Some(slot) => *slot,
+            None => {
+                let slot = free(&self.groups.values().copied().collect::<Vec<_>>()).ok_or_else(too_many)?;
+                let note = GroupNote { used: 1, id: group.0, misses: self.kernel.misses()?, ..GroupNote::default() };
+                self.kernel.set_group_record(slot, &note.to_record())?;
+                self.groups.insert(group, slot);
+                slot
+            }
+        };
+        // 2. The note, not yet live.
+        let mut note = VolumeNote {
+            stage: Stage::Building,
+            id: volume,
+            group,
+            identity: device.clone(),
+            stat_sectors: 0,
+            counts: Default::default(),
+            quiet: false,
+        };
+        self.kernel.set_volume_record(slot, &note.to_record())?;
+        // 3. Bits and counters, all zero.
+        let blocks = device.size_bytes.div_ceil(BLOCK_BYTES);
+        let (words, summary_words) = words_for(blocks);
+        let made = self.kernel.make_bits(slot, HALVES * (words + summary_words));
+        let shared = made.inspect_err(|_| drop(self.clear_slot(slot)))?;
+        // 4. The programs see the disk. A write that both kinds miss completed before this, so any later read sees it.
+        let target = Target {
+            slot,
+            group: group_slot,
+            diskseq: device.diskseq,
+            blocks,
+            words: words as u32,
+            summary_words: summary_words as u32,
+        };
+        self.kernel.set_target(device_key(device), target)?;
+        // 5. Programs that looked the disk up before have ended; the accounts begin.
+        self.grace_period()?;
+        note.take(&self.beginning(slot, disk)?);
+        // 6. The note is live.
+        note.stage = Stage::Live;
+        self.kernel.set_volume_record(slot, &note.to_record())?;
+        self.volumes.insert(volume, Volume { slot, note, halves: Halves::new(shared, blocks), claimed: true });
+        Ok(())
+    }
+
+    /// Takes down whatever a slot has: 1 the note says so, 2 the programs forget the disk, 3 running ones end, 4 the bits
+    /// go, 5 the slot is free. Died in between, `open` finds a note that is not live and does it again.
+    fn clear_slot(&self, slot: u32) -> Res<()> {
+        let mut record = self.kernel.volume_record(slot)?;
+        record[..8].copy_from_slice(&(Stage::Building as u64).to_le_bytes());
+        self.kernel.set_volume_record(slot, &record)?;
+        self.kernel.drop_targets(slot)?;
+        self.grace_period()?;
+        self.kernel.drop_bits(slot)?;
+        self.kernel.set_volume_record(slot, &[0; notes::NOTE_BYTES])
+    }
+    fn drop_group(&mut self, group: GroupId) -> Res<()> {
+        let slot = self.group_slot(group)?;
+        self.kernel.set_group_record(slot, &[0; notes::NOTE_BYTES])?;
+        self.groups.remove(&group);
+        Ok(())
+    }
+
+    /// Every reason why the bits of a volume do not count; `device` = its identity as the caller reads it now.
+    fn broken(&self, group: GroupId, volume: VolumeId, device: &DeviceIdentity) -> Res<Vec<String>> {
+        let Some(known) = self.volumes.get(&volume) else { return Err(unknown_volume(volume)) };
+        let mut reasons = Vec::new();
+        if known.note.group != group {
+            reasons.push(format!("it was a volume of group {}", known.note.group));
+        }
+        if let Some(difference) = identity_difference(&known.note.identity, device) {
+            reasons.push(difference);
+        }
+        let disk = match Disk::find(known.note.identity.major, known.note.identity.minor) {
+            Ok(disk) => disk,
+            Err(gone) => {
+                reasons.push(gone.cause);
+                return Ok(reasons);
+            }
+        };
+        reasons.extend(disk.difference(&known.note.identity));
+        let target = self.kernel.target(device_key(&known.note.identity))?;
+        if !target.is_some_and(|target| target.slot == known.slot && target.diskseq == known.note.identity.diskseq) {
+            reasons.push(format!("the programs no longer follow {} for it", disk.device()));
+        }
+        // The misses first: whatever they skipped until now shows in the accounts that are read next.
+        let (then, misses) = (self.group_note(self.group_slot(known.note.group)?)?.misses, self.kernel.misses()?);
+        let links = self.kernel.links();
+        let now = self.reading(known.slot, &disk)?;
+        let detached = witness::broken_kinds(&then, &then, &links);
+        let skipped = witness::broken_kinds(&then, &misses, &links);
+        if !detached.is_empty() {
+            reasons.push(format!("no program of kind {} is attached any more (restart the agent)", detached.join(" and ")));
+        } else if !skipped.is_empty() && !witness::proved_whole(&known.note.reading(), &now) {
+            reasons.push(format!(
+                "every copy of {} was skipped at least once (misses {then:?}, now {misses:?})",
+                skipped.join(" and ")
+            ));
+        }
+        reasons.extend(witness::accounts_differ(&known.note.reading(), &now));
+        Ok(reasons)
+    }
+
+    /// Whether both accounts of every volume of the group are equal at this moment.
+    fn all_proved_whole(&self, group: GroupId) -> Res<bool> {
+        for volume in self.members(group) {
+            let Ok(disk) = Disk::find(volume.note.identity.major, volume.note.identity.minor) else { return Ok(false) };
+            if !witness::proved_whole(&volume.note.reading(), &self.reading(volume.slot, &disk)?) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Both accounts of a disk: the kernel's first, the programs' afterwards.
+    fn reading(&self, slot: u32, disk: &Disk) -> Res<Reading> {
+        let before = self.kernel.counts(slot)?;
+        let stat_sectors = disk.sectors_changed()?;
+        let counts = self.kernel.counts(slot)?;
+        Ok(Reading { stat_sectors, counts, quiet: before == counts })
+    }
+
+    /// Both accounts as a beginning, so that the programs' may only be ahead later on: theirs first, the kernel's after it
+    /// caught up. Without a moment of quiet what was written meanwhile remains as slack of the witness.
+    fn beginning(&self, slot: u32, disk: &Disk) -> Res<Reading> {
+        let mut reading = Reading::default();
+        for _ in 0..SETTLE_TRIES {
+            let counts = self.kernel.counts(slot)?;
+            std::thread::sleep(SETTLE);
+            let stat_sectors = disk.sectors_changed()?;
+            reading = Reading { stat_sectors, counts, quiet: self.kernel.counts(slot)? == counts };
+            if reading.quiet {
+                break;
+            }
+        }
+        Ok(reading)
+    }
+}
+
+impl VolumeNote {
+    fn take(&mut self, reading: &Reading) {
+        (self.stat_sectors, self.counts, self.quiet) = (reading.stat_sectors, reading.counts, reading.quiet);
+    }
+    fn reading(&self) -> Reading {
+        Reading { stat_sectors: self.stat_sectors, counts: self.counts, quiet: self.quiet }
+    }
+}
+
+/// How the programs name a disk: major << 20 | first minor.
+fn device_key(device: &DeviceIdentity) -> u32 {
+    device.major << 20 | device.minor
+}
+
+/// In words, how the identity that the caller read differs from the recorded one.
+fn identity_difference(was: &DeviceIdentity, is: &DeviceIdentity) -> Option<String> {
+    let differs = |what: &str, was: String, is: String| (was != is).then(|| format!("its {what} is {is}, was {was}"));
+    differs("device number", format!("{}:{}", was.major, was.minor), format!("{}:{}", is.major, is.minor))
+        .or_else(|| differs("sequence number", was.diskseq.to_string(), is.diskseq.to_string()))
+        .or_else(|| differs("size in bytes", was.size_bytes.to_string(), is.size_bytes.to_string()))
+        .or_else(|| differs("backing file", format!("{:?}", was.backing), format!("{:?}", is.backing)))
+}
+
+fn unknown_volume(volume: VolumeId) -> Fault {
+    Fault::new(Code::VolumeUnknown, format!("volume {volume}"), "it is not tracked", "track it first")
+}
+
+fn too_many() -> Fault {
+    let cause = format!("{MAX_VOLUMES} volumes or groups are tracked already");
+    Fault::new(Code::KernelUnsupported, "the tracker", cause, "protect fewer volumes on this host")
+}
+
+fn check_size(volume: VolumeId, known: &Volume, blocks: &BlockSet) -> Res<()> {
+    match blocks.blocks() == known.halves.blocks() {
+        true => Ok(()),
+        false => {
+            let cause = format!("a set over {} blocks was given, it has {}", blocks.blocks(), known.halves.blocks());
+            Err(Fault::internal(format!("volume {volume}"), cause))
+        }
+    }
+}
+
+fn check_receipt(group: GroupId, base: &Base, receipt: &dyn Receipt) -> Res<()> {
+    let (is, pending) = ((receipt.position(), receipt.digest()), base.pending);
+    if is == pending && pending.0.generation != 0 {
+        return Ok(());
+    }
+    let cause = format!("the receipt is for {} ({}), the generation under way is {} ({})", is.0, is.1, pending.0, pending.1);
+    Err(Fault::new(Code::ChainBroken, format!("group {group}"), cause, "the changed blocks are kept and sent again"))
 }

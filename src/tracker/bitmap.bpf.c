@@ -1,0 +1,340 @@
+// SPDX-License-Identifier: GPL-2.0
+//
+// The dirty bitmap: tiny programs that set one bit per 4 KiB block that a bio changes.
+//
+// Why four programs. A program that is still running on a CPU is skipped when its tracepoint fires there again (the
+// kernel counts it in `recursion_misses`); on kernels with preemptible tracepoint programs that is common. So each
+// body is loaded twice: a bio is lost to its kind only if every copy of the kind missed it.
+//
+// Why at submit and at completion. A write may be in flight while the phase flips and its block is read. Its submit
+// bit then lies in the taken half, and the reader may have seen the old bytes. The completion sets the bit once more,
+// in the half that is active by then, so the next round reads the block again: no drain is needed, not at a flip and
+// not when the programs are attached.
+//
+// Why the phase is read once. The half is chosen by one load of one word. After the store of a new phase and one RCU
+// grace period no program is left that chose the old half.
+//
+// Layout of a volume's map (words of 64 bits), the same in halves.rs:
+//   [half 0: words] [half 1: words] [half 0: summary_words] [half 1: summary_words]
+// A summary bit stands for a page of 512 words; it is set before the first bit of its page, never after.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define SEC(name) __attribute__((section(name), used))
+#define __uint(name, val) int(*name)[val]
+#define __type(name, val) typeof(val) *name
+#define __array(name, val) typeof(val) *name[]
+#define inline_always inline __attribute__((always_inline))
+
+enum { MAP_HASH = 1, MAP_ARRAY = 2, MAP_PERCPU_ARRAY = 6, MAP_ARRAY_OF_MAPS = 12 };
+enum { F_NO_PREALLOC = 1 << 0, F_MMAPABLE = 1 << 10, F_INNER_MAP = 1 << 12 };
+
+static void *(*bpf_map_lookup_elem)(void *map, const void *key) = (void *)1;
+static long (*bpf_loop)(u32 nr, void *callback, void *ctx, u64 flags) = (void *)181;
+
+// Only the fields that are read; the loader relocates them against the running kernel's BTF.
+#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+struct gendisk {
+	int major;
+	int first_minor;
+	u64 diskseq;
+};
+struct block_device {
+	struct gendisk *bd_disk;
+};
+struct bvec_iter {
+	u64 bi_sector;
+	u32 bi_size;
+};
+struct bio {
+	struct bio *bi_next;
+	struct block_device *bi_bdev;
+	u32 bi_opf;
+	struct bvec_iter bi_iter;
+};
+struct request_queue {
+	struct gendisk *disk;
+};
+struct request {
+	struct request_queue *q;
+	u32 cmd_flags;
+	u64 __sector;
+	struct bio *bio;
+};
+#pragma clang attribute pop
+
+enum { MAX_VOLUMES = 1024, PROGRAMS = 4, HALVES = 2, NOTE_BYTES = 256 };
+// `enum req_op` of the kernel. An odd operation writes (op_is_write()); these four have kept number and meaning since
+// before 5.15. Any other odd one (zones, passthrough) is counted: user space doubts.
+enum { OP_MASK = 255, OP_WRITE = 1, OP_DISCARD = 3, OP_SECURE_ERASE = 5, OP_WRITE_ZEROES = 9 };
+
+struct volume {
+	u32 slot;
+	u32 group;
+	u64 diskseq;
+	u64 blocks;
+	u32 words; // of one half
+	u32 summary_words; // of one half
+};
+struct group {
+	u32 phase;
+	u32 unused;
+};
+// One per program and volume, per CPU: a program is never re-entered on a CPU, so plain adds are exact.
+struct counters {
+	u64 sectors; // changed, 512 bytes each
+	u64 unknown; // operations whose range is not known
+	u64 outside; // ranges that could not be recorded
+	u64 stale; // operations on another disk under this number
+};
+struct note {
+	unsigned char bytes[NOTE_BYTES];
+};
+struct bits_map {
+	__uint(type, MAP_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, F_MMAPABLE | F_INNER_MAP);
+	__type(key, u32);
+	__type(value, u64);
+};
+
+struct {
+	__uint(type, MAP_HASH);
+	__uint(max_entries, MAX_VOLUMES);
+	__uint(map_flags, F_NO_PREALLOC); // a preallocated element would be reused under a running program
+	__type(key, u32); // major << 20 | first_minor
+	__type(value, struct volume);
+} volumes SEC(".maps");
+
+struct {
+	__uint(type, MAP_ARRAY);
+	__uint(max_entries, MAX_VOLUMES);
+	__uint(map_flags, F_MMAPABLE);
+	__type(key, u32);
+	__type(value, struct group);
+} groups SEC(".maps");
+
+struct {
+	__uint(type, MAP_ARRAY_OF_MAPS);
+	__uint(max_entries, MAX_VOLUMES + 1); // the last one is updated only to make the kernel wait a grace period
+	__type(key, u32);
+	__array(values, struct bits_map);
+} bits SEC(".maps");
+
+struct {
+	__uint(type, MAP_PERCPU_ARRAY);
+	__uint(max_entries, MAX_VOLUMES * PROGRAMS);
+	__type(key, u32);
+	__type(value, struct counters);
+} counters SEC(".maps");
+
+// What user space must remember exactly as long as the bits live; no program reads them.
+struct {
+	__uint(type, MAP_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct note);
+} host_note SEC(".maps");
+
+struct {
+	__uint(type, MAP_ARRAY);
+	__uint(max_entries, MAX_VOLUMES);
+	__type(key, u32);
+	__type(value, struct note);
+} group_notes SEC(".maps"), volume_notes SEC(".maps");
+
+struct walk {
+	u64 bits_at;
+	u64 summary_at;
+	u64 first;
+	u64 last;
+	u32 slot;
+	u32 failed;
+};
+
+// Sets the bits of [first, last] that lie in the index-th word touched. The bit is tested before the locked OR: the
+// address depends on the phase that was read, so the test cannot see a word as it was before the half became active.
+static long mark_word(u32 index, struct walk *walk)
+{
+	u64 word = (walk->first >> 6) + index;
+	u64 page = word >> 9;
+	u64 mask = ~0ULL, summary = 1ULL << (page & 63);
+	u32 slot = walk->slot, at = walk->summary_at + (page >> 6);
+	void *map = bpf_map_lookup_elem(&bits, &slot);
+	u64 *found;
+
+	if (word == walk->first >> 6)
+		mask <<= walk->first & 63;
+	if (word == walk->last >> 6)
+		mask &= ~0ULL >> (63 - (walk->last & 63));
+	if (!map)
+		goto failed;
+	found = bpf_map_lookup_elem(map, &at);
+	if (!found)
+		goto failed;
+	if (!(*found & summary))
+		__sync_fetch_and_or(found, summary);
+	at = walk->bits_at + word;
+	found = bpf_map_lookup_elem(map, &at);
+	if (!found)
+		goto failed;
+	if ((*found & mask) != mask)
+		__sync_fetch_and_or(found, mask);
+	return 0;
+failed:
+	walk->failed = 1;
+	return 1;
+}
+
+// Sets the bits of blocks [first, last]. A global function: verified once, apart from its callers. 0 = all set.
+__attribute__((noinline)) int mark_blocks(u32 slot, u64 bits_at, u64 summary_at, u64 first, u64 last)
+{
+	struct walk walk = {
+		.bits_at = bits_at, .summary_at = summary_at, .first = first, .last = last, .slot = slot,
+	};
+	u64 words = (last >> 6) - (first >> 6) + 1;
+
+	if (words == 1) {
+		mark_word(0, &walk);
+		return walk.failed;
+	}
+	// A bio holds less than 4 GiB: 16,385 words. bpf_loop() takes eight million.
+	if (words > 1 << 20 || bpf_loop(words, mark_word, &walk, 0) != words)
+		return 1;
+	return walk.failed;
+}
+
+static inline_always struct volume *find(struct gendisk *disk)
+{
+	u32 dev = (u32)disk->major << 20 | (u32)disk->first_minor;
+
+	return bpf_map_lookup_elem(&volumes, &dev);
+}
+
+static inline_always struct counters *counters_of(struct volume *volume, u32 program)
+{
+	u32 at = volume->slot * PROGRAMS + program;
+
+	return bpf_map_lookup_elem(&counters, &at);
+}
+
+// One range, rounded outwards to blocks, into the half `half`.
+static inline_always void mark_sectors(struct volume *volume, struct counters *count, u32 half, u64 sector, u64 bytes)
+{
+	u64 sectors = (bytes + 511) >> 9, first = sector >> 3, last = (sector + sectors - 1) >> 3;
+	u64 blocks = volume->blocks;
+
+	if (!sectors)
+		return;
+	count->sectors += sectors;
+	if (first >= blocks || last < first) {
+		count->outside++;
+		return;
+	}
+	if (last >= blocks) {
+		count->outside++;
+		last = blocks - 1;
+	}
+	if (mark_blocks(volume->slot, (u64)half * volume->words,
+			(u64)HALVES * volume->words + (u64)half * volume->summary_words, first, last))
+		count->outside++;
+}
+
+// The half to write to: the one load of the phase that a program run makes. A group that cannot be found would mean a
+// torn map; half 0 is then as good as any, because user space reads both.
+static inline_always u32 active_half(struct volume *volume)
+{
+	u32 at = volume->group;
+	struct group *group = bpf_map_lookup_elem(&groups, &at);
+
+	return group ? *(volatile u32 *)&group->phase % HALVES : 0;
+}
+
+static inline_always int known(u32 op)
+{
+	return op == OP_WRITE || op == OP_DISCARD || op == OP_SECURE_ERASE || op == OP_WRITE_ZEROES;
+}
+
+static inline_always int submitted(struct bio *bio, u32 program)
+{
+	u32 op = bio->bi_opf & OP_MASK;
+	struct gendisk *disk;
+	struct volume *volume;
+	struct counters *count;
+
+	if (!(op & 1))
+		return 0;
+	// The disk, not the device: a bio on a partition names the partition but carries the whole disk's sector.
+	disk = bio->bi_bdev->bd_disk;
+	volume = find(disk);
+	if (!volume)
+		return 0;
+	count = counters_of(volume, program);
+	if (!count)
+		return 0;
+	if (disk->diskseq != volume->diskseq) {
+		count->stale++;
+		return 0;
+	}
+	if (!known(op))
+		count->unknown++;
+	mark_sectors(volume, count, active_half(volume), bio->bi_iter.bi_sector, bio->bi_iter.bi_size);
+	return 0;
+}
+
+static inline_always int completed(struct request *rq, u32 bytes, u32 program)
+{
+	u32 op = rq->cmd_flags & OP_MASK, half;
+	struct gendisk *disk;
+	struct volume *volume;
+	struct counters *count;
+	struct bio *bio;
+	int i;
+
+	if (!(op & 1))
+		return 0;
+	disk = rq->q->disk;
+	volume = find(disk);
+	if (!volume)
+		return 0;
+	count = counters_of(volume, program);
+	if (!count)
+		return 0;
+	if (disk->diskseq != volume->diskseq) {
+		count->stale++;
+		return 0;
+	}
+	if (!known(op))
+		count->unknown++;
+	half = active_half(volume);
+	bio = rq->bio;
+	if (op != OP_DISCARD || !bio || !bio->bi_next) {
+		// Data and flush sequences complete twice, the second time with no bytes; partial completions name theirs.
+		mark_sectors(volume, count, half, rq->__sector, bytes);
+		return 0;
+	}
+	// Devices that take many ranges in one discard merge bios that do not touch: each has its own range.
+	for (i = 0; i < 256 && bio; i++) {
+		mark_sectors(volume, count, half, bio->bi_iter.bi_sector, bio->bi_iter.bi_size);
+		bio = bio->bi_next;
+	}
+	if (bio)
+		count->unknown++;
+	return 0;
+}
+
+#define COPY(letter, at)                                                         \
+	SEC("tp_btf/block_bio_queue") int submit_##letter(u64 *ctx)              \
+	{                                                                        \
+		return submitted((struct bio *)ctx[0], at);                      \
+	}                                                                        \
+	SEC("tp_btf/block_rq_complete") int complete_##letter(u64 *ctx)          \
+	{                                                                        \
+		return completed((struct request *)ctx[0], (u32)ctx[2], 2 + at); \
+	}
+
+COPY(a, 0)
+COPY(b, 1)
+
+char LICENSE[] SEC("license") = "GPL";
