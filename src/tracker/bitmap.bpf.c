@@ -15,7 +15,8 @@
 // grace period no program is left that chose the old half.
 //
 // Layout of a volume's map (words of 64 bits), the same in halves.rs:
-//   [half 0: words] [half 1: words] [half 0: summary_words] [half 1: summary_words]
+//   [half 0: words] [half 1: words] [held: words] [half 0: summary_words] [half 1: ...] [held: ...]
+// `held` belongs to user space alone: what earlier flips took and nobody has acknowledged yet.
 // A summary bit stands for a page of 512 words; it is set before the first bit of its page, never after.
 
 typedef unsigned int u32;
@@ -64,7 +65,7 @@ struct request {
 };
 #pragma clang attribute pop
 
-enum { MAX_VOLUMES = 1024, PROGRAMS = 4, HALVES = 2, NOTE_BYTES = 256 };
+enum { MAX_VOLUMES = 1024, PROGRAMS = 4, HALVES = 2, REGIONS = 3, NOTE_BYTES = 256 };
 // `enum req_op` of the kernel. An odd operation writes (op_is_write()); these four have kept number and meaning since
 // before 5.15. Any other odd one (zones, passthrough) is counted: user space doubts.
 enum { OP_MASK = 255, OP_WRITE = 1, OP_DISCARD = 3, OP_SECURE_ERASE = 5, OP_WRITE_ZEROES = 9 };
@@ -237,7 +238,7 @@ static inline_always void mark_sectors(struct volume *volume, struct counters *c
 		last = blocks - 1;
 	}
 	if (mark_blocks(volume->slot, (u64)half * volume->words,
-			(u64)HALVES * volume->words + (u64)half * volume->summary_words, first, last))
+			(u64)REGIONS * volume->words + (u64)half * volume->summary_words, first, last))
 		count->outside++;
 }
 

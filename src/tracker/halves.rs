@@ -1,7 +1,7 @@
 //! The bits of one volume: two halves of a bitmap and their summaries, shared with the programs through one mapping.
 //!
 //! Layout, in words of 64 bits, the same in `bitmap.bpf.c`:
-//! `[half 0: words][half 1: words][half 0: summary][half 1: summary]`. A summary bit stands for a page of 512 words
+//! `[half 0: words][half 1: words][held: words][half 0: summary][half 1: summary][held: summary]`. A summary bit stands for a page of 512 words
 //! (128 MiB of the device); whoever sets a bit has set its summary bit before. So an idle volume of a TiB is scanned in
 //! 128 words, and a half may be cleared page by page, the summary last.
 
@@ -11,6 +11,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Number of halves; the phase word modulo this number is the active one.
 pub(super) const HALVES: u64 = 2;
+/// The region beside the halves, which no program writes: what earlier flips took without a receipt.
+pub(super) const HELD: u64 = 2;
+/// Halves and the held region.
+pub(super) const REGIONS: u64 = 3;
 /// Words of the bitmap for which one summary bit stands.
 const PAGE_WORDS: u64 = 512;
 
@@ -51,7 +55,7 @@ impl Halves {
     /// The halves of a volume of `blocks` blocks over `shared`, which holds at least their words.
     pub(super) fn new(shared: Words, blocks: u64) -> Halves {
         let (words, summary_words) = words_for(blocks);
-        assert!(shared.all().len() as u64 >= HALVES * (words + summary_words), "the map is shorter than its volume");
+        assert!(shared.all().len() as u64 >= REGIONS * (words + summary_words), "the map is shorter than its volume");
         Halves { shared, blocks, words, summary_words }
     }
     /// Number of blocks of the volume.
@@ -63,7 +67,7 @@ impl Halves {
         &self.shared.all()[start..start + self.words as usize]
     }
     fn summary(&self, half: u64) -> &[AtomicU64] {
-        let start = (HALVES * self.words + half * self.summary_words) as usize;
+        let start = (REGIONS * self.words + half * self.summary_words) as usize;
         &self.shared.all()[start..start + self.summary_words as usize]
     }
     /// The word indices of each page that may hold a bit in any of `halves`, ascending.
@@ -89,11 +93,25 @@ impl Halves {
         }
         BlockSet::from_words(words, self.blocks)
     }
-    /// Number of blocks that are in at least one half.
+    /// Number of blocks that are in at least one region.
     pub(super) fn count_in_any(&self) -> u64 {
-        let (one, other) = (self.bits(0), self.bits(1));
-        let both = |at: usize| one[at].load(Ordering::Relaxed) | other[at].load(Ordering::Relaxed);
-        self.pages(&[0, 1]).flatten().map(|at| u64::from(both(at).count_ones())).sum()
+        self.any_word().map(|(_, word)| u64::from(word.count_ones())).sum()
+    }
+    /// The blocks that are in at least one region.
+    pub(super) fn set_of_any(&self) -> BlockSet {
+        let mut words = vec![0; self.words as usize];
+        self.any_word().for_each(|(at, word)| words[at] = word);
+        BlockSet::from_words(words, self.blocks)
+    }
+    fn any_word(&self) -> impl Iterator<Item = (usize, u64)> {
+        let regions: Vec<&[AtomicU64]> = (0..REGIONS).map(|region| self.bits(region)).collect();
+        let union = move |at: usize| regions.iter().fold(0, |all, bits| all | bits[at].load(Ordering::Relaxed));
+        self.pages(&[0, 1, HELD]).flatten().map(move |at| (at, union(at)))
+    }
+    /// Number of blocks in one region.
+    pub(super) fn count(&self, half: u64) -> u64 {
+        let bits = self.bits(half);
+        self.pages(&[half]).flatten().map(|at| u64::from(bits[at].load(Ordering::Relaxed).count_ones())).sum()
     }
     /// Sets every bit of half `from` in half `to` too. `from` stays as it is.
     pub(super) fn give_back(&self, from: u64, to: u64) {
@@ -117,15 +135,6 @@ impl Halves {
     pub(super) fn insert(&self, half: u64, blocks: &BlockSet) {
         for (at, word) in blocks.words().iter().enumerate() {
             self.set_word(half, at, *word);
-        }
-    }
-    /// Clears the bits of `blocks` in a half that no program writes; the summary stays.
-    pub(super) fn remove(&self, half: u64, blocks: &BlockSet) {
-        let bits = self.bits(half);
-        for page in self.pages(&[half]) {
-            for at in page {
-                bits[at].fetch_and(!blocks.words()[at], Ordering::Relaxed);
-            }
         }
     }
     fn set_word(&self, half: u64, at: usize, bits: u64) {
@@ -155,7 +164,7 @@ mod tests {
 
     fn halves(blocks: u64) -> Halves {
         let (words, summary) = words_for(blocks);
-        let bytes = (HALVES * (words + summary) * 8).max(8) as usize;
+        let bytes = (REGIONS * (words + summary) * 8).max(8) as usize;
         Halves::new(Words::new(MmapMut::map_anon(bytes).unwrap()), blocks)
     }
 
@@ -178,6 +187,8 @@ mod tests {
             let mut both = a.clone();
             both.union(&b);
             prop_assert_eq!(halves.count_in_any(), both.count());
+            prop_assert_eq!(&halves.set_of_any(), &both);
+            prop_assert_eq!(halves.count(1), b.count());
             halves.give_back(0, 1);
             prop_assert_eq!(&halves.set_of(1), &both);
             prop_assert_eq!(&halves.set_of(0), &a);

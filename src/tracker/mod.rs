@@ -15,7 +15,7 @@ mod witness;
 
 use crate::host::DeviceIdentity;
 use crate::model::{BLOCK_BYTES, BlockSet, Code, Digest, Fault, GroupId, Position, Receipt, Res, Uuid, VolumeId};
-use crate::tracker::halves::{HALVES, Halves, words_for};
+use crate::tracker::halves::{HALVES, HELD, Halves, REGIONS, words_for};
 use crate::tracker::kernel::{Kernel, MAX_VOLUMES, Target};
 use crate::tracker::notes::{GroupNote, Stage, VolumeNote};
 use crate::tracker::sysfs::Disk;
@@ -161,20 +161,35 @@ impl Tracker {
         Ok(())
     }
 
-    /// Begins a new phase for the group: bits that were taken without a receipt go back first, then one store and one grace
-    /// period; after it every earlier write has its bit in the taken half. Error: `GROUP_UNKNOWN`.
+    /// Begins a new phase for the group: bits that were taken before are held until a receipt, then one store and one grace
+    /// period; after it every earlier write has its bit in the taken half or in the held region. Error: `GROUP_UNKNOWN`.
     ///
     /// Why a death between any two steps loses no bit:
-    /// 1. *Give back*: every bit of the taken half is set in the active half too. Died before the end: the taken half
-    ///    still has all of its bits, and the next flip begins here again.
+    /// 1. *Hold*: every bit of the taken half is set in the held region too. Died before the end: the taken half still has
+    ///    all of its bits, and the next flip begins here again.
     /// 2. *Clear* the taken half. No program writes to it (the previous flip waited), and died at any word, each cleared
-    ///    bit stands in the active half.
+    ///    bit stands in the held region.
     /// 3. *Store* the phase: the cleared half becomes active for every program that reads the phase from now on. Died
     ///    before: nothing flipped. Died after: the taken half has everything from before.
     /// 4. *Wait* a grace period, so that programs that read the old phase have set their bits. Died before its end:
     ///    `open` waits one before it does anything else.
     pub fn flip(&mut self, group: GroupId) -> Res<()> {
         self.flip_until(group, 4)
+    }
+
+    /// Gives every bit without a receipt (taken or held) back to the active half. Error: `GROUP_UNKNOWN`.
+    ///
+    /// 1. Held and taken bits are set in the active half. 2. Then the two are cleared. Died in between, a bit stands twice.
+    pub fn give_back(&mut self, group: GroupId) -> Res<()> {
+        let active = u64::from(self.kernel.phase(self.group_slot(group)?)) % HALVES;
+        let taken = (active + 1) % HALVES;
+        for volume in self.members(group) {
+            volume.halves.give_back(HELD, active);
+            volume.halves.give_back(taken, active);
+            volume.halves.clear(HELD);
+            volume.halves.clear(taken);
+        }
+        Ok(())
     }
 
     /// The first `steps` of the four steps of [`Tracker::flip`]; fewer than four is what a death leaves behind. For tests.
@@ -186,7 +201,7 @@ impl Tracker {
         let taken = (active + 1) % HALVES;
         let members = self.members(group);
         if steps >= 1 {
-            members.iter().for_each(|volume| volume.halves.give_back(taken, active));
+            members.iter().for_each(|volume| volume.halves.give_back(taken, HELD));
         }
         if steps >= 2 {
             members.iter().for_each(|volume| volume.halves.clear(taken));
@@ -212,7 +227,18 @@ impl Tracker {
         Ok(known.halves.set_of(self.active_half(known)?))
     }
 
-    /// Number of blocks in either half. Error: `VOLUME_UNKNOWN`.
+    /// Number of blocks dirtied since the last flip, so far. Error: `VOLUME_UNKNOWN`.
+    pub fn active_blocks(&self, volume: VolumeId) -> Res<u64> {
+        let known = self.volume(volume)?;
+        Ok(known.halves.count(self.active_half(known)?))
+    }
+
+    /// The blocks that were dirtied and have no receipt: active, taken or held. Error: `VOLUME_UNKNOWN`.
+    pub fn dirty(&self, volume: VolumeId) -> Res<BlockSet> {
+        Ok(self.volume(volume)?.halves.set_of_any())
+    }
+
+    /// Number of blocks that were dirtied and have no receipt. Error: `VOLUME_UNKNOWN`.
     pub fn dirty_blocks(&self, volume: VolumeId) -> Res<u64> {
         Ok(self.volume(volume)?.halves.count_in_any())
     }
@@ -226,11 +252,11 @@ impl Tracker {
         Ok(())
     }
 
-    /// Clears the taken halves of the group against the receipt of the generation that carried them, and remembers it as base.
+    /// Clears what is taken and held of the group against the receipt of the generation that carried them, and remembers it as base.
     /// Errors: `GROUP_UNKNOWN`; `CHAIN_BROKEN` when the receipt is not that of `base.pending`.
     ///
     /// 1. The base is written: acked = the receipt's, pending = none.
-    /// 2. The taken halves are cleared.
+    /// 2. The taken halves and held regions are cleared.
     ///
     /// Died in between, the bits are still there and are sent once more, on top of a base that is true. In the other order a
     /// death would leave a base that is older than the bits: changes between the two would be in neither.
@@ -246,20 +272,9 @@ impl Tracker {
         if same_flip {
             for volume in self.members(group).into_iter().filter(|volume| volume.claimed) {
                 volume.halves.clear(self.taken_half(volume)?);
+                volume.halves.clear(HELD);
             }
         }
-        Ok(())
-    }
-
-    /// Removes blocks from the taken half of a volume against a receipt (a first sync is received in segments). The blocks
-    /// must have been read after the last flip. Errors: `VOLUME_UNKNOWN`; `CHAIN_BROKEN` when the receipt is not that of
-    /// `base.pending` (a transfer whose digest is not known yet is pending with an empty one).
-    pub fn release_blocks(&mut self, volume: VolumeId, blocks: &BlockSet, receipt: &dyn Receipt) -> Res<()> {
-        let known = self.volume(volume)?;
-        check_size(volume, known, blocks)?;
-        let base = self.base(known.note.group)?;
-        check_receipt(known.note.group, &base, receipt)?;
-        known.halves.remove(self.taken_half(known)?, blocks);
         Ok(())
     }
 
@@ -359,7 +374,7 @@ impl Tracker {
         let blocks = note.identity.size_bytes.div_ceil(BLOCK_BYTES);
         let (words, summary) = words_for(blocks);
         let whole = note.stage == Stage::Live && self.groups.contains_key(&note.group) && !self.volumes.contains_key(&note.id);
-        let shared = whole.then(|| self.kernel.found_bits(slot, HALVES * (words + summary)))?;
+        let shared = whole.then(|| self.kernel.found_bits(slot, REGIONS * (words + summary)))?;
         match shared {
             Ok(shared) => Some(Halves::new(shared, blocks)),
             Err(fault) => {
@@ -399,7 +414,7 @@ impl Tracker {
         // 3. Bits and counters, all zero.
         let blocks = device.size_bytes.div_ceil(BLOCK_BYTES);
         let (words, summary_words) = words_for(blocks);
-        let made = self.kernel.make_bits(slot, HALVES * (words + summary_words));
+        let made = self.kernel.make_bits(slot, REGIONS * (words + summary_words));
         let shared = made.inspect_err(|_| drop(self.clear_slot(slot)))?;
         // 4. The programs see the disk. A write that both kinds miss completed before this, so any later read sees it.
         let target = Target {
