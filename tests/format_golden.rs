@@ -111,8 +111,10 @@ fn messages() -> Vec<(&'static str, Message)> {
     ]
 }
 
-/// Volumes and runs of the stored change records: name, volume number, run, plain bytes, encoding that they were given.
-fn records() -> (Vec<VolumeSpec>, Vec<(&'static str, u16, BlockRun, Vec<u8>, u8)>) {
+/// A change record: name, volume number, run, plain bytes, and the encoding that they were given.
+type Record = (&'static str, u16, BlockRun, Vec<u8>, u8);
+
+fn records() -> (Vec<VolumeSpec>, Vec<Record>) {
     let volume = |id: u8, size_bytes| VolumeSpec {
         id: Uuid([id; 16]),
         name: format!("v{id}"),
