@@ -87,6 +87,8 @@ struct Shipping {
     payload: Vec<u8>,
     sent: usize,
     ended: Option<Digest>,
+    /// Another payload was begun at this position before: then a beginning that the standby holds may be of that one.
+    again: bool,
 }
 
 /// How often each interesting thing happened, so that the test can show that it does.
@@ -109,6 +111,7 @@ struct World {
     welcomed: bool,
     shipping: Option<Shipping>,
     known_tip: Position,
+    last_begun: Position,
     acknowledged: Vec<Generation>,
     // The standby.
     standby_epoch: u64,
@@ -217,7 +220,8 @@ impl World {
         let message = sender.begin(position, landing, len as u64)?;
         put(&mut self.to_standby, &message);
         let payload = (0..len).map(|at| seed.wrapping_mul(31).wrapping_add((at as u8).wrapping_mul(seed | 1))).collect();
-        self.shipping = Some(Shipping { position, payload, sent: 0, ended: None });
+        let again = std::mem::replace(&mut self.last_begun, position) == position;
+        self.shipping = Some(Shipping { position, payload, sent: 0, ended: None, again });
         Ok(())
     }
 
@@ -300,7 +304,9 @@ impl World {
                         self.seen.settled += 1;
                         self.acknowledge(&receipt, shipping.payload);
                     }
-                } else if let Some((position, held)) = standing.open.filter(|(position, _)| *position == shipping.position) {
+                } else if let Some((position, held)) =
+                    standing.open.filter(|(position, _)| *position == shipping.position && !shipping.again)
+                {
                     sender.resume(position, &mut shipping.payload[..held as usize].chunks(7))?;
                     shipping.sent = held as usize;
                     self.shipping = Some(shipping);

@@ -318,7 +318,8 @@ impl Receiver {
     }
 
     /// The answer to a hello: `Welcome`, or `Refused` when this side may not receive (`STALE_EPOCH`, `WRONG_ROLE`), which ends the
-    /// conversation. `standing.open` is what the journal holds; the peer is told of it only if it can be resumed here.
+    /// conversation. The standing must be the final word: a commit that an earlier connection asked for has to be over by now.
+    /// `standing.open` is what the journal holds; the peer is told of it only if it can be resumed here.
     pub fn welcome(&mut self, standing: Standing, credit_bytes: u64) -> Message {
         let Greeting { purpose, epoch, .. } = self.greeting;
         let refusal = match &self.stage {

@@ -328,6 +328,10 @@ impl Sender {
     /// Resumes an open journalled transfer of which the standby holds `held_bytes` of payload (a prefix of what we sent,
     /// ending at a record): the hash state continues as if those bytes, given here in the same pieces, had just been sent.
     ///
+    /// The caller must know that the beginning is of this very payload: a position and a count do not tell it from another payload that
+    /// was begun at the same position and given up while the connection broke. Where a position was begun with more than one payload,
+    /// [`Sender::begin`] afresh. A wrong guess can never be committed (the `End` does not match), but it costs a refused transfer.
+    ///
     /// The pieces may be cut anywhere; together they must have exactly the length that the `Welcome` said. Nothing is to be sent: go on
     /// with [`Sender::chunks`] or [`Sender::end`]. Errors leave the beginning alone; [`Sender::begin`] afresh then.
     pub fn resume(&mut self, position: Position, held: &mut dyn Iterator<Item = &[u8]>) -> Res<()> {

@@ -631,6 +631,20 @@ fn a_broken_transfer_goes_on_where_it_stood() {
     assert!(matches!(receiver.on_message(message).unwrap(), ReceiverAction::Commit { digest: theirs, .. } if theirs == digest));
 }
 
+/// The standby holds a beginning of a payload that was given up, and the primary takes it for that of another one of the same
+/// position. Position and count agree, so both go on; nothing of it may be committed.
+#[test]
+fn a_beginning_of_another_payload_is_never_committed() {
+    let (mut receiver, answer) = adopting(left_open(b"abcdef"), Standing { open: Some((NEXT, 6)), ..standing() });
+    let (mut sender, _) = Sender::new("paris", Purpose::Replicate, GROUP, EPOCH);
+    sender.on_message(answer).unwrap();
+    sender.resume(NEXT, &mut [&b"ABCDEF"[..]].into_iter()).unwrap();
+    receiver.on_message(sender.chunks(b"ghi".to_vec()).unwrap()).unwrap();
+    let (_, message) = sender.end(CUT_AT).unwrap();
+    assert_eq!(code(receiver.on_message(message)), Code::Corrupt);
+    assert!(receiver.into_open().is_none(), "the next try begins afresh");
+}
+
 #[test]
 fn what_was_left_open_is_resumed_only_where_it_fits() {
     let fits = Standing { open: Some((NEXT, 6)), ..standing() };
