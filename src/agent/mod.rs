@@ -1,7 +1,6 @@
 //! scaffold
 
 use crate::config::Settings;
-use crate::control::Sink;
 use crate::model::{Exit, Res};
 
 /// Runs the agent until SIGTERM or SIGINT; calls `ready` once its control socket listens.
@@ -10,6 +9,6 @@ pub fn run(_settings: Settings, _ready: &dyn Fn()) -> Res<()> {
 }
 
 /// What this host can and cannot do, without a running agent.
-pub fn doctor(_settings: &Settings, _sink: Sink<'_>) -> Res<(serde_json::Value, Exit)> {
+pub fn doctor(_settings: &Settings) -> Res<(serde_json::Value, Exit)> {
     todo!()
 }
