@@ -29,8 +29,7 @@ impl Place {
         socket_in(&self.run_dir())
     }
     fn serve(&self, handler: Handler) -> PathBuf {
-        let server = Server::bind(&self.socket()).unwrap();
-        std::thread::spawn(move || server.run(handler));
+        serve(&self.socket(), handler).unwrap(); // clients can connect from here on
         self.socket()
     }
 }

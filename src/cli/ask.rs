@@ -55,10 +55,10 @@ pub(super) fn request(verb: &Verb) -> Res<Option<Request>> {
         },
         Verb::Volume { verb: VolumeVerb::Remove { name, confirm } } => {
             let confirm = match confirm {
-                Some(again) => again.clone(),
+                Some(again) => Some(again.clone()),
                 None => ask_to_remove(name)?,
             };
-            Request::VolumeRemove { name: name.clone(), confirm: Some(confirm) }
+            Request::VolumeRemove { name: name.clone(), confirm }
         }
         Verb::Protect(Protect { group, containers, volumes, peer }) => Request::Protect {
             group: group.clone(),
@@ -114,16 +114,16 @@ fn not_confirmed(name: &str, cause: &str) -> Fault {
     Fault::new(Code::BadArgument, format!("removal of volume {name} and its data"), cause, next)
 }
 
-/// On a terminal the name is asked for; elsewhere it must have been given.
-fn ask_to_remove(name: &str) -> Res<String> {
+/// On a terminal the name is asked for; elsewhere nothing is, and the agent says what it would take.
+fn ask_to_remove(name: &str) -> Res<Option<String>> {
     if !stdin().is_terminal() || !stderr().is_terminal() {
-        return Err(not_confirmed(name, "it is not confirmed"));
+        return Ok(None);
     }
     eprint!("This removes volume {name} and all its data. Type its name to go on: ");
     let mut line = Vec::new();
     stdin().lock().take(256).read_until(b'\n', &mut line).map_err(|e| Fault::io("standard input", &e))?;
     match String::from_utf8_lossy(&line).trim() {
-        again if again == name => Ok(name.to_string()),
+        again if again == name => Ok(Some(name.to_string())),
         _ => Err(not_confirmed(name, "another name was typed")),
     }
 }

@@ -153,12 +153,8 @@ fn ask_agent(socket: &Path, request: &Request, args: &Args, out: &mut Out) -> Re
 
 /// The doctor where no agent answers: it looks for itself.
 fn doctor_alone(settings: &Settings, args: &Args, out: &mut Out) -> Res<Exit> {
-    let mut follow = Follow::new(out, args.json);
-    let answer = crate::agent::doctor(settings, &mut |event| follow.event(&event));
-    let stepped = follow.stepped;
-    drop(follow);
-    let (value, exit) = answer?;
-    show(&args.verb, &value, stepped, args.json, out);
+    let (value, exit) = crate::agent::doctor(settings)?;
+    show(&args.verb, &value, false, args.json, out);
     Ok(exit)
 }
 
@@ -170,6 +166,7 @@ fn show(verb: &Verb, value: &Value, stepped: bool, json: bool, out: &mut Out) {
     let text = match verb {
         Verb::Status { .. } => status::render(value, now()),
         Verb::Pair { address: None } => pairing(value),
+        Verb::Doctor => checks(value),
         Verb::Volume { verb: VolumeVerb::List } => volumes(value),
         _ => report(value, stepped),
     };
@@ -181,14 +178,45 @@ fn pairing(value: &Value) -> String {
     let Some(code) = value["code"].as_str() else {
         return describe(value, "");
     };
-    let address = ["address", "listen"].iter().find_map(|key| value[*key].as_str()).unwrap_or("ADDRESS:PORT");
-    let lasts = ["expires_seconds", "lasts_seconds", "seconds"].iter().find_map(|key| value[*key].as_f64());
-    let lasts = lasts.map_or(String::new(), |s| format!(", good for {}", out::seconds(s)));
+    let listen = value["listen"].as_str().unwrap_or("");
+    // What listens everywhere is reached at an address that only the reader knows.
+    let anywhere = ["0.0.0.0:", "[::]:", "*:"].iter().find_map(|any| listen.strip_prefix(any));
+    let address = match (listen, anywhere) {
+        ("", _) => "ADDRESS:PORT".into(),
+        (_, Some(port)) => format!("ADDRESS-OF-THIS-HOST:{port}"),
+        (listen, None) => listen.to_string(),
+    };
+    let lasts = value["valid_seconds"].as_f64().map_or(String::new(), |s| format!(", good for {}", out::seconds(s)));
     format!(
         "pairing code: {}   (once{lasts})\n\nOn the other host, as root:\n\n    doublure pair {}\n\nand type the code when it is asked for.\n",
         plain(code),
-        plain(address)
+        plain(&address)
     )
+}
+
+/// The doctor's findings: what is well, what is not, and the cure beside it.
+fn checks(value: &Value) -> String {
+    let Some(list) = value["checks"].as_array() else {
+        return describe(value, "");
+    };
+    let mut text = String::new();
+    for check in list {
+        let mark = match (check["ok"].as_bool(), check["needed"].as_bool()) {
+            (Some(true), _) => "ok",
+            (Some(false), Some(false)) => "warn",
+            (Some(false), _) => "FAIL",
+            (None, _) => "?",
+        };
+        text.push_str(&format!("  {mark:<4} {:<20} {}\n", word(&check["check"]), word(&check["detail"])));
+        if let Some(cure) = check["cure"].as_str() {
+            text.push_str(&format!("       {:<20} cure: {}\n", "", plain(cure)));
+        }
+    }
+    text + match value["ok"].as_bool() {
+        Some(true) => "This host can replicate.\n",
+        Some(false) => "This host cannot replicate until every FAIL above is cured.\n",
+        None => "Whether this host can replicate is unknown.\n",
+    }
 }
 
 fn volumes(value: &Value) -> String {

@@ -1,5 +1,7 @@
 //! Standard output that may be closed early, and values as people read them.
 
+use crate::control::rfc3339;
+use crate::model::Moment;
 use serde_json::Value;
 use std::io::{ErrorKind, IsTerminal, Write};
 
@@ -101,10 +103,18 @@ pub(super) fn seconds(value: f64) -> String {
     }
 }
 
+/// Milliseconds since 1970 rather than a duration: `cut_at_ms`, `recoverable_to_ms`.
+fn is_instant(key: &str) -> bool {
+    key.ends_with("_at_ms") || key.ends_with("_to_ms")
+}
+
 /// A value under its key, whose ending says the unit.
 pub(super) fn quantity(key: &str, value: &Value) -> String {
     if let (Some(count), true) = (value.as_u64(), key.ends_with("_bytes")) {
         return bytes(count);
+    }
+    if let (Some(ms), true) = (value.as_u64(), is_instant(key)) {
+        return rfc3339(Moment(ms)).unwrap_or("unknown".into());
     }
     match value.as_f64() {
         Some(n) if key.ends_with("_seconds") => seconds(n),
@@ -244,11 +254,11 @@ mod tests {
 
     #[test]
     fn values_become_lines_and_tables() {
-        let value = json!({"group": "shop", "rto_ms": 812, "blocks_bytes": 8192, "lag_seconds": 1.5, "cut_at": null, "ok": true,
+        let value = json!({"group": "shop", "rto_ms": 812, "blocks_bytes": 8192, "lag_seconds": 1.5, "cut_at": null, "recoverable_to_ms": 1_787_393_472_345u64, "seen_at_ms": 0, "ok": true,
             "faults": ["a", "b"], "none": [], "volumes": [{"size_bytes": 1024, "name": "pgdata"}, {"name": "x", "fs": "xfs"}], "peer": {"name": "beta"}});
         assert_eq!(
             describe(&value, ""),
-            "blocks: 8.0 KiB\ncut at: unknown\nfaults: a, b\ngroup: shop\nlag: 1.5 s\nok: yes\npeer:\n  name: beta\nrto: 812 ms\n\
+            "blocks: 8.0 KiB\ncut at: unknown\nfaults: a, b\ngroup: shop\nlag: 1.5 s\nok: yes\npeer:\n  name: beta\nrecoverable to: 2026-08-22T10:11:12.345Z\nrto: 812 ms\nseen at: unknown\n\
              volumes:\n  NAME       SIZE  FS\n  pgdata  1.0 KiB\n  x                xfs\n"
         );
     }

@@ -43,8 +43,7 @@ fn position(group: &Value) -> String {
 
 /// The whole status as text; `now` is this host's clock.
 pub(super) fn render(status: &Value, now: Moment) -> String {
-    let mut text =
-        format!("host {}, agent {}, {}\n", word(&status["host"]), word(&status["agent_version"]), word(&status["io_engine"]));
+    let mut text = format!("host {}, agent {}\n", word(&status["host"]), word(&status["agent_version"]));
     let groups = items(status, "groups");
     if !status["groups"].is_array() {
         text.push_str("groups unknown\n");
@@ -52,48 +51,52 @@ pub(super) fn render(status: &Value, now: Moment) -> String {
         text.push_str("no groups: make one with `doublure protect GROUP --container NAME`\n");
     }
     for group in groups {
-        text.push_str(&render_group(group, now));
+        text.push_str(&render_group(status, group, now));
     }
     text
 }
 
-fn render_group(group: &Value, now: Moment) -> String {
+fn render_group(status: &Value, group: &Value, now: Moment) -> String {
     let mut text = format!("\n{}: {}, {}\n", word(&group["name"]), word(&group["role"]), position(group));
     let mut line = |key: &str, value: String| text.push_str(&format!("  {key:<15} {value}\n"));
     line("recoverable to", instant(&group["recoverable_to"], now));
-    line("rpo", format!("{}, mode {}", duration(&group["rpo_seconds"]), word(&group["mode"])));
+    let engine = if group["io_engine"].is_null() { &status["io_engine"] } else { &group["io_engine"] };
+    line("rpo", format!("{}, mode {}, engine {}", duration(&group["rpo_seconds"]), word(&group["mode"]), word(engine)));
     line("peer", format!("{}, {}", word(&group["peer"]["name"]), connected(&group["peer"])));
     line("state", word(&group["state"]));
+    if let Some(progress) = group.get("progress").filter(|p| p.is_object()) {
+        let (done, total) = (size(&progress["done_bytes"]), size(&progress["total_bytes"]));
+        line("progress", format!("{}, {done} of {total}", word(&progress["what"])));
+    }
     if let Some(drill) = group.get("last_drill").filter(|d| !d.is_null()) {
         line("last drill", word(drill));
     }
     let volume = |v: &Value| {
         vec![
             word(&v["name"]),
-            word(&v["device"]),
+            match v["device"].as_str() {
+                Some("") => "not attached".into(),
+                _ => word(&v["device"]),
+            },
             size(&v["size_bytes"]),
             size(&v["dirty_bytes"]),
             word(&v["in_sync"]),
-            word(&v["tracker"]),
             word(&v["cut"]),
+            word(&v["tracker"]), // the last column: it may be a whole sentence
         ]
     };
     let rows: Vec<_> = items(group, "volumes").iter().map(volume).collect();
     if !rows.is_empty() {
-        text.push_str(&table("  ", &["VOLUME", "DEVICE", ">SIZE", ">DIRTY", "IN SYNC", "TRACKER", "CUT"], &rows));
+        text.push_str(&table("  ", &["VOLUME", "DEVICE", ">SIZE", ">DIRTY", "IN SYNC", "CUT", "TRACKER"], &rows));
     }
     let image = |i: &Value| vec![word(&i["ref"]), short(&word(&i["id"])), word(&i["on_standby"])];
     let rows: Vec<_> = items(group, "images").iter().map(image).collect();
     if !rows.is_empty() {
         text.push_str(&table("  ", &["IMAGE", "ID", "ON STANDBY"], &rows));
     }
-    let container = |c: &Value| match c {
-        Value::Object(_) => vec![word(&c["name"]), word(&c["state"])],
-        name => vec![word(name), String::new()],
-    };
-    let rows: Vec<_> = items(group, "containers").iter().map(container).collect();
-    if !rows.is_empty() {
-        text.push_str(&table("  ", &["CONTAINER", "STATE"], &rows));
+    let containers: Vec<String> = items(group, "containers").iter().map(word).collect();
+    if !containers.is_empty() {
+        text.push_str(&format!("  {:<15} {}\n", "containers", containers.join(", ")));
     }
     for fault in items(group, "faults") {
         text.push_str(&format!("  degraded: {}\n", word(fault)));

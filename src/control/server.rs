@@ -30,9 +30,13 @@ const HEARTBEAT: Duration = Duration::from_secs(5);
 /// Events that wait for a slow client; progress beyond that is dropped, the operation never waits.
 const EVENTS_WAITING_MAX: usize = 1024;
 
-/// Binds `socket` and serves it until the process ends. See [`Server::bind`] for its errors.
+/// Binds `socket` and serves it on a thread of its own until the process ends; returns once clients can connect.
+///
+/// Errors: those of [`Server::bind`].
 pub fn serve(socket: &Path, handler: Handler) -> Res<()> {
-    Server::bind(socket)?.run(handler)
+    let server = Server::bind(socket)?;
+    let accepting = std::thread::Builder::new().name("control accept".into());
+    accepting.spawn(move || server.run(handler)).map(drop).map_err(|e| Fault::io("a thread for the control socket", &e))
 }
 
 /// A bound control socket. Clients may connect from here on; they are answered once it runs.
@@ -92,7 +96,7 @@ impl Server {
     }
 
     /// Answers until the process ends; every request runs on a thread of its own.
-    pub fn run(self, handler: Handler) -> Res<()> {
+    pub fn run(self, handler: Handler) {
         let places = Arc::new(AtomicUsize::new(0));
         loop {
             let stream = match self.listener.accept() {
