@@ -312,11 +312,22 @@ fn a_container_is_made_again_from_its_recipe() {
     assert_eq!(to.ensure_container(&spec, &image).unwrap_err().code, Code::NameTaken);
     standby.cli(&["rm", "--force", "db"]);
 
-    // A network that is missing is named, before anything is made.
-    standby.cli(&["network", "rm", "back"]);
-    let fault = to.ensure_container(&spec, &image).unwrap_err();
-    assert!(fault.code == Code::DockerError && fault.cause.contains("back"), "{fault}");
+    // Without its definition a network that is missing is named, before anything is made; with it, it is made again.
+    standby.cli(&["network", "rm", "back", "shop"]);
+    let mut bare = spec.clone();
+    bare.inspect["DoublureNetworks"] = serde_json::json!({});
+    let fault = to.ensure_container(&bare, &image).unwrap_err();
+    assert!(fault.code == Code::DockerError && fault.thing.contains("shop"), "{fault}");
     assert!(!standby.cli_ok(&["container", "inspect", "db"]));
+    assert!(to.ensure_container(&spec, &image).unwrap());
+    for network in ["shop", "back"] {
+        let format = "{{json .IPAM.Config}} {{.Driver}} {{.Internal}} {{json .Options}}";
+        let [one, two] = [&primary, &standby].map(|dockerd| dockerd.cli(&["network", "inspect", "--format", format, network]));
+        assert_eq!(one, two);
+    }
+    assert!(to.start("db").unwrap());
+    to.await_health("db", Duration::from_secs(30)).unwrap();
+    standby.cli(&["rm", "--force", "db"]);
 
     assert!(to.remove_volume("pgdata", &there.link).unwrap());
     assert!(!to.remove_volume("pgdata", &there.link).unwrap());

@@ -2,6 +2,7 @@
 
 use crate::docker::call;
 use crate::docker::image;
+use crate::docker::network;
 use crate::docker::recipe::{self, Here, LABEL_RECIPE, Recipe};
 use crate::docker::volume;
 use crate::docker::{Docker, Running};
@@ -61,7 +62,8 @@ pub(super) fn mounts(docker: &Docker, container: &str) -> Res<Vec<(String, Strin
 }
 
 pub(super) fn capture(docker: &Docker, container: &str) -> Res<ContainerSpec> {
-    let inspect = must(docker, container)?;
+    let mut inspect = must(docker, container)?;
+    network::capture(docker, &mut inspect)?;
     let name = text(&inspect, "/Name").trim_start_matches('/').to_string();
     check_name("container", &name)?;
     // A container that we made names its image by a local id; its label has the name that people know.
@@ -102,7 +104,7 @@ pub(super) fn ensure(docker: &Docker, spec: &ContainerSpec, image_id: &str) -> R
         check_volume(docker, spec, name)?;
     }
     for (name, _) in &recipe.networks {
-        check_network(docker, spec, name)?;
+        network::ensure(docker, name, definition_of(spec, name))?;
     }
     let path = format!("/containers/create?name={}", spec.name);
     call(docker, &spec.name, &recipe.secrets, true, &path, Some(&recipe.body))?;
@@ -149,20 +151,9 @@ fn check_volume(docker: &Docker, spec: &ContainerSpec, name: &str) -> Res<()> {
     }
 }
 
-fn check_network(docker: &Docker, spec: &ContainerSpec, name: &str) -> Res<()> {
-    let path = format!("/networks/{name}");
-    let found = docker
-        .wait(&thing(&spec.name), call::QUICK, async { call::found(call::raw(&docker.client, false, &path, None).await) })?;
-    // A network, too, is found by the beginning of its id.
-    match found.filter(|network| text(network, "/Name") == name) {
-        Some(_) => Ok(()),
-        None => Err(Fault::new(
-            Code::DockerError,
-            thing(&spec.name),
-            format!("network {name} is not on this host"),
-            format!("make it as it is on the primary (docker network create {name}, with the same subnet)"),
-        )),
-    }
+/// What was captured of a network of the container.
+fn definition_of<'a>(spec: &'a ContainerSpec, network: &str) -> Option<&'a Value> {
+    spec.inspect.get(network::KEY).and_then(|definitions| definitions.get(network))
 }
 
 /// Joins the networks that one create call could not.
@@ -170,7 +161,7 @@ fn connect(docker: &Docker, spec: &ContainerSpec, recipe: &Recipe, have: &Value)
     let joined = &have["NetworkSettings"]["Networks"];
     let mut changed = false;
     for (network, endpoint) in recipe.networks.iter().filter(|(network, _)| joined.get(network).is_none()) {
-        check_network(docker, spec, network)?;
+        network::ensure(docker, network, definition_of(spec, network))?;
         let body = json!({"Container": spec.name, "EndpointConfig": endpoint});
         call(docker, &spec.name, &recipe.secrets, true, &format!("/networks/{network}/connect"), Some(&body))?;
         changed = true;
@@ -239,6 +230,10 @@ fn state_of(inspect: &Value) -> Running {
 
 pub(super) fn state(docker: &Docker, container: &str) -> Res<Running> {
     Ok(state_of(&must(docker, container)?))
+}
+
+pub(super) fn find_state(docker: &Docker, container: &str) -> Res<Option<Running>> {
+    Ok(look(docker, container)?.as_ref().map(state_of))
 }
 
 pub(super) fn await_health(docker: &Docker, container: &str, patience: Duration) -> Res<Duration> {

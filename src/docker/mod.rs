@@ -8,6 +8,7 @@ mod archive;
 mod call;
 mod container;
 mod image;
+mod network;
 mod recipe;
 mod volume;
 
@@ -97,7 +98,7 @@ impl Docker {
     pub fn mounts_of(&self, container: &str) -> Res<Vec<(String, String)>> {
         container::mounts(self, container)
     }
-    /// Captures a container: raw inspect and its image's pin. On a containerd store the image is read through once for its pin.
+    /// Captures a container: raw inspect, the definitions of its networks, and its image's pin. On a containerd store the image is read through once for its pin.
     pub fn capture(&self, container: &str) -> Res<ContainerSpec> {
         container::capture(self, container)
     }
@@ -142,6 +143,10 @@ impl Docker {
     /// How it does.
     pub fn state(&self, container: &str) -> Res<Running> {
         container::state(self, container)
+    }
+    /// How it does, if there is one.
+    pub fn find_state(&self, container: &str) -> Res<Option<Running>> {
+        container::find_state(self, container)
     }
     /// Waits until it is healthy (running, without a health check). `CONTAINER_FAILED` with dockerd's words.
     pub fn await_health(&self, container: &str, patience: Duration) -> Res<Duration> {

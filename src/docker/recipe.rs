@@ -278,10 +278,9 @@ impl Builder<'_> {
             mode @ ("private" | "shareable" | "none") => drop(host.insert("IpcMode".into(), json!(mode))),
             _ => return Err(self.refuse("another IPC namespace")),
         }
-        match text(self.host, "CgroupnsMode") {
-            "private" => drop(host.insert("CgroupnsMode".into(), json!("private"))),
-            // "host" is what dockerd on cgroup v1 says of every container: left to the daemon here.
-            _ => {}
+        // "host" is what dockerd on cgroup v1 says of every container: left to the daemon here.
+        if text(self.host, "CgroupnsMode") == "private" {
+            host.insert("CgroupnsMode".into(), json!("private"));
         }
         if !matches!(text(self.host, "Runtime"), "" | "runc" | "io.containerd.runc.v2") {
             return Err(self.refuse("a runtime other than runc"));
