@@ -2,12 +2,12 @@
 
 use crate::agent::Agent;
 use crate::agent::group::{Group, lock};
-use crate::agent::standby::Standby;
+use crate::agent::standby::{Standby, release_holds};
 use crate::control::{Event, Sink};
 use crate::failover;
 use crate::format::Purpose;
 use crate::ledger::Record;
-use crate::model::{Code, Exit, Fault, Moment, Res, Role, SealedProof};
+use crate::model::{Code, Exit, Fault, Moment, Res, Role};
 use crate::role::{ContainerFact, Facts, Peer, plan_failover};
 use crate::session::{Sender, SenderEvent};
 use serde_json::{Value, json};
@@ -32,65 +32,100 @@ pub fn failover(agent: &Arc<Agent>, group: &Group, dry_run: bool, force: bool, s
     if !dry_run && matches!(record.role, Role::Standby | Role::Promoting) {
         group.connection.fetch_add(1, Ordering::SeqCst);
     }
+    if record.role == Role::Primary && record.last_failover.is_none() {
+        return already_primary(agent, group, &record, force);
+    }
     let mut guard = lock(&group.standby);
-    if guard.is_none() && matches!(record.role, Role::Standby | Role::Promoting) {
+    if guard.is_none() {
         *guard = Some(Standby::open(agent, group)?);
     }
-    let facts = facts(agent, group, &record, guard.as_ref(), peer, force)?;
+    let standby = guard.as_mut().ok_or_else(|| Fault::internal("the standby's side", "it is not open"))?;
+    let docker = agent.docker()?;
+    let mut facts = failover::look(&group.ledger(), &standby.journal, &standby.sealed, &docker, peer, force)?;
+    // An idle primary says from time to time that nothing has changed: the copy is good for later than its cut.
+    if facts.committed_cut_at != Moment(0) {
+        facts.committed_cut_at = facts.committed_cut_at.max(group.with_live(|live| live.recoverable_to));
+    }
     let plan = plan_failover(&facts)?;
     if dry_run {
         for step in &plan.steps {
             sink(Event::Step { name: step.to_string(), outcome: "would change".into(), detail: String::new(), ms: 0 });
         }
         let loss_ms = plan.expected_loss_ms(crate::agent::now());
-        return Ok((json!({ "group": group.name, "dry_run": true, "plan": plan, "words": plan.to_string(), "expected_loss_ms": loss_ms }), Exit::Done));
+        let value = json!({ "group": group.name, "dry_run": true, "plan": plan, "words": plan.to_string(), "expected_loss_ms": loss_ms });
+        return Ok((value, Exit::Done));
     }
     if plan.steps.is_empty() {
         return Ok((json!({ "group": group.name, "changed": false, "epoch": plan.epoch, "words": plan.to_string() }), Exit::Done));
     }
-    let docker = agent.docker()?;
-    let paths: Vec<_> = record.spec.volumes.iter().map(|v| agent.image_path(v.id)).collect();
-    let report = {
-        let mut ledger = group.ledger();
-        let link_dir = agent.link_dir();
-        crate::durable::private_dir(&link_dir)?;
-        let scratch_dir = agent.settings.run_dir.join("scratch");
-        crate::durable::private_dir(&scratch_dir)?;
-        failover::run(
-            &plan,
-            failover::Stage {
-                ledger: &mut ledger,
-                standby: guard.as_mut().map(|s| s as &mut dyn failover::StandbySide),
-                image_paths: &paths,
-                docker: &docker,
-                link_dir: &link_dir,
-                scratch_dir: &scratch_dir,
-                health_timeout: agent.settings.health_timeout,
-                now: &crate::agent::now,
-            },
-            &mut |step| {
-                sink(Event::Step {
-                    name: step.name.clone(),
-                    outcome: step.outcome.to_string(),
-                    detail: step.detail.clone(),
-                    ms: step.ms,
-                });
-            },
-        )?
-    };
+    let (link_dir, scratch_dir) = (agent.link_dir(), agent.settings.run_dir.join("scratch"));
+    crate::durable::private_dir(&link_dir)?;
+    crate::durable::private_dir(&scratch_dir)?;
+    let Standby { journal, replicas, paths, holds, sealed, engine, .. } = standby;
+    let report = failover::run(
+        &plan,
+        failover::Stage {
+            ledger: &mut group.ledger(),
+            journal,
+            replicas,
+            image_paths: paths,
+            engine: engine.as_mut(),
+            docker: &docker,
+            link_dir: &link_dir,
+            scratch_dir: &scratch_dir,
+            health_timeout: agent.settings.health_timeout,
+            now: &crate::agent::now,
+            release_standby: &mut || release_holds(holds),
+        },
+        sealed,
+        &mut |step| {
+            let (name, outcome) = (step.step.to_string(), step.outcome.to_string());
+            sink(Event::Step { name, outcome, detail: step.detail.clone(), ms: step.ms });
+        },
+    )?;
     *guard = None;
     drop(guard);
-    let exit = report.exit;
-    let value = serde_json::to_value(&report).map_err(|e| Fault::internal("the report", e.to_string()))?;
     group.with_live(|live| {
         live.state = SERVING_ALONE.into();
         live.connected = false;
         live.in_sync = false;
-        for fault in &report.degraded {
-            live.fault(fault.clone());
+        live.clear(Code::ContainerFailed);
+        if !report.degraded.is_empty() {
+            let next = "see dockerd's words, mend the cause, then run the failover again";
+            live.fault(Fault::new(Code::ContainerFailed, format!("group {}", group.name), report.degraded.join("; "), next));
         }
     });
+    let exit = report.exit();
+    let mut value = serde_json::to_value(&report).map_err(|e| Fault::internal("the report", e.to_string()))?;
+    value["changed"] = json!(report.changed());
     Ok((value, exit))
+}
+
+/// A failover asked of the host that has served the group from the beginning: nothing to do, or the wrong host.
+fn already_primary(agent: &Agent, group: &Group, record: &Record, force: bool) -> Res<(Value, Exit)> {
+    let docker = agent.docker()?;
+    let mut containers = Vec::new();
+    for container in &record.spec.containers {
+        let running = docker.find_state(&container.name)?.is_some_and(|state| state.running);
+        containers.push(ContainerFact { name: container.name.clone(), running, image_present: true });
+    }
+    let plan = plan_failover(&Facts {
+        group: group.name.clone(),
+        role: record.role,
+        epoch: record.epoch,
+        committed: record.committed,
+        committed_cut_at: record.committed_cut_at,
+        applied: record.applied,
+        unapplied: 0,
+        uncommitted: false,
+        syncing: false,
+        promoted_here: false,
+        volumes: record.spec.volumes.iter().map(|v| v.name.clone()).collect(),
+        containers,
+        peer: Peer::NotAsked,
+        force,
+    })?;
+    Ok((json!({ "group": group.name, "changed": false, "epoch": plan.epoch, "words": plan.to_string() }), Exit::Done))
 }
 
 /// How the peer stands, as itself says; no answer in time is no answer.
@@ -114,39 +149,4 @@ fn ask(agent: &Agent, group: &Group, record: &Record) -> Peer {
             Peer::Unreachable
         }
     }
-}
-
-fn facts(agent: &Agent, group: &Group, record: &Record, standby: Option<&Standby>, peer: Peer, force: bool) -> Res<Facts> {
-    let docker = agent.docker()?;
-    let mut containers = Vec::new();
-    for container in &record.spec.containers {
-        containers.push(ContainerFact {
-            name: container.name.clone(),
-            running: docker.state(&container.name).is_ok_and(|s| s.running),
-            image_present: docker.find_image(&container.image)?.is_some(),
-        });
-    }
-    let last = standby.and_then(|s| s.sealed.last());
-    let (committed, cut_at) = match last {
-        Some(sealed) => (sealed.position(), sealed.cut_at()),
-        None => (record.applied.max(record.committed), record.applied_cut_at.max(record.committed_cut_at)),
-    };
-    // An idle primary says from time to time that nothing has changed: the copy is good for later than its cut.
-    let known_good = group.with_live(|live| live.recoverable_to);
-    Ok(Facts {
-        group: group.name.clone(),
-        role: record.role,
-        epoch: record.epoch,
-        committed,
-        committed_cut_at: if cut_at == Moment(0) { cut_at } else { cut_at.max(known_good) },
-        applied: record.applied,
-        unapplied: standby.map_or(0, |s| s.sealed.len() as u64),
-        uncommitted: standby.is_some_and(|s| s.journal.open_generation().is_some()),
-        syncing: record.syncing,
-        promoted_here: record.last_failover.is_some(),
-        volumes: record.spec.volumes.iter().map(|v| v.name.clone()).collect(),
-        containers,
-        peer,
-        force,
-    })
 }

@@ -24,6 +24,19 @@ use std::time::Duration;
 /// Silence after which a connection is taken for dead.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
 
+/// A read-only device on a replica, and the descriptor that keeps everybody else out.
+pub type Hold = (host::LoopDevice, Option<OwnedFd>);
+
+/// Lets go of the exclusive read-only devices, before the replicas are attached to serve.
+pub fn release_holds(holds: &mut Vec<Hold>) -> Res<()> {
+    while let Some((device, fd)) = holds.last_mut() {
+        fd.take();
+        host::detach_loop(device, Duration::from_secs(5))?;
+        holds.pop();
+    }
+    Ok(())
+}
+
 /// The opened standby's side.
 pub struct Standby {
     /// The journal.
@@ -33,7 +46,7 @@ pub struct Standby {
     /// Their paths.
     pub paths: Vec<PathBuf>,
     /// Read-only loop devices held exclusively: nobody mounts or writes a replica through a device.
-    holds: Vec<(host::LoopDevice, Option<OwnedFd>)>,
+    pub holds: Vec<Hold>,
     /// Committed and not yet applied.
     pub sealed: Vec<Sealed>,
     /// The engine.
@@ -101,16 +114,6 @@ impl Standby {
                 live.recoverable_to = live.recoverable_to.max(sealed.cut_at());
                 live.counters.bytes_written += sealed.payload_bytes();
             });
-        }
-        Ok(())
-    }
-
-    /// Lets go of the exclusive read-only devices, before the replicas are attached to serve.
-    pub fn release_holds(&mut self) -> Res<()> {
-        while let Some((device, fd)) = self.holds.last_mut() {
-            fd.take();
-            host::detach_loop(device, Duration::from_secs(5))?;
-            self.holds.pop();
         }
         Ok(())
     }
