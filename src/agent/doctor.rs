@@ -1,7 +1,6 @@
 //! What this host can and cannot do, each with its cure; nothing is changed.
 
 use crate::config::Settings;
-use crate::control::{Event, Sink};
 use crate::device;
 use crate::docker::Docker;
 use crate::host;
@@ -26,7 +25,7 @@ fn said(fault: Fault) -> (String, String) {
 }
 
 /// Looks at the host. Exit: 0 all well, 4 something optional is missing, 3 something needed is missing.
-pub fn doctor(settings: &Settings, sink: Sink<'_>) -> Res<(Value, Exit)> {
+pub fn doctor(settings: &Settings) -> Res<(Value, Exit)> {
     let mut checks = vec![kernel(), btf(), tracker(settings), engine(settings)];
     for (name, needed, tool, package) in [
         ("mkfs.ext4", true, "mkfs.ext4", "e2fsprogs"),
@@ -52,8 +51,6 @@ pub fn doctor(settings: &Settings, sink: Sink<'_>) -> Res<(Value, Exit)> {
             (Err((detail, cure)), true) => ("failed", detail, cure),
             (Err((detail, cure)), false) => ("degraded", detail, cure),
         };
-        let words = if cure.is_empty() { detail.clone() } else { format!("{detail}; {cure}") };
-        sink(Event::Step { name: c.name.into(), outcome: outcome.into(), detail: words, ms: 0 });
         rows.push(json!({ "name": c.name, "outcome": outcome, "needed": c.needed, "detail": detail, "cure": cure }));
     }
     let exit = match (bad_needed, bad) {

@@ -33,7 +33,7 @@ pub fn handle(agent: &Arc<Agent>, request: Request, sink: Sink<'_>) -> Res<(Valu
         Request::Verify { group } => verify(&*agent.group(&group)?, sink),
         Request::PairOpen => pair_open(agent),
         Request::Pair { address, code } => pair(agent, &address, &code.0),
-        Request::Doctor => crate::agent::doctor(&agent.settings, sink),
+        Request::Doctor => crate::agent::doctor(&agent.settings),
     }
 }
 

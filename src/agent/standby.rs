@@ -142,7 +142,7 @@ fn open_journal(agent: &Agent, group: &Group, record: &Record) -> Res<(Journal, 
     let (ring, _) = FileStorage::open_or_create(&group.dir.join("journal"), agent.settings.journal_bytes)?;
     let overflow = DirOverflow::open(&group.dir.join("overflow"))?;
     let (journal, recovered) =
-        Journal::open(group.id, Box::new(ring), Box::new(overflow), (record.applied, record.applied_digest))?;
+        Journal::open(group.id, Box::new(ring), Box::new(overflow), record.applied)?;
     for words in recovered.dropped {
         tracing::info!(group = %group.name, "journal: {words}");
     }
