@@ -137,3 +137,8 @@ impl FrameHead {
 /// The chained digest of a generation: blake3 over a domain word, group, position, parent and its digest, payload length and
 /// digest, cut instant.
 pub fn generation_digest(_group: GroupId, _position: Position, _parent: Position, _parent_digest: Digest, _payload_bytes: u64, _payload_digest: Digest, _cut_at: Moment) -> Digest { todo!() }
+
+mod journal_record;
+mod ledger_record;
+pub use journal_record::{Commit, Found, GenerationHead, JOURNAL_BLOCK_BYTES, SECTOR_BYTES, Sector, Superblock};
+pub use ledger_record::LedgerHead;
