@@ -9,7 +9,7 @@ use std::sync::Arc;
 /// The status of this host (design.md section 5), with `counters`, `faults` and `state` for each group.
 pub fn value(agent: &Agent) -> Value {
     let groups: Vec<Arc<Group>> = lock(&agent.groups).values().cloned().collect();
-    let rows: Vec<Value> = groups.iter().map(|g| row(agent, g)).collect();
+    let rows: Vec<Value> = groups.iter().map(|g| row(g)).collect();
     let tracker = match &agent.tracker {
         Ok(_) => json!("bitmap"),
         Err(fault) => json!(fault.to_string()),
@@ -29,7 +29,7 @@ pub fn exit(agent: &Agent) -> Exit {
     if degraded { Exit::Degraded } else { Exit::Done }
 }
 
-fn row(agent: &Agent, group: &Group) -> Value {
+fn row(group: &Group) -> Value {
     let record = match group.record() {
         Ok(record) => record,
         Err(fault) => return json!({ "name": group.name, "state": fault.to_string(), "faults": [fault.to_string()] }),

@@ -7,9 +7,11 @@
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
 mod facts;
+mod footing;
 mod plan;
 #[cfg(test)]
 mod tests;
 
 pub use facts::{ContainerFact, Facts, Peer};
+pub use footing::{Footing, Grounds, footing};
 pub use plan::{Fencing, Plan, Step, plan_failover};
