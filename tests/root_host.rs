@@ -576,7 +576,7 @@ fn at_the_deadline_the_helper_thaws_and_the_cut_is_told_so() {
     let (a, a_rounds) = lab.busy("ext4", FileSystem::Ext4);
     let (b, b_rounds) = lab.busy("xfs", FileSystem::Xfs);
     let freezer = lab.freezer();
-    let frozen = lab.freezers[freezer].freeze(&[a.clone(), b.clone()], Duration::from_secs(3)).unwrap();
+    let frozen = lab.freezers[freezer].freeze(&[a.clone(), b.clone()], Duration::from_secs(5)).unwrap();
     stands_still(&a_rounds);
     advances(&a_rounds, 3);
     advances(&b_rounds, 3);
