@@ -241,7 +241,8 @@ fn tls12_hello() -> Vec<u8> {
 fn garbage_on_the_port_leaves_the_listener_working() {
     let (a, b) = paired();
     let random: Vec<u8> = (0..100_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
-    let pieces: [&[u8]; 6] = [b"", b"GET / HTTP/1.1\r\nHost: b\r\n\r\n", &random, &tls12_hello(), &[0x16, 3, 1, 0xff, 0xff], &[0; 4096]];
+    let pieces: [&[u8]; 6] =
+        [b"", b"GET / HTTP/1.1\r\nHost: b\r\n\r\n", &random, &tls12_hello(), &[0x16, 3, 1, 0xff, 0xff], &[0; 4096]];
     for piece in pieces {
         let mut tcp = TcpStream::connect(b.address).unwrap();
         // It may close while we still write.

@@ -1,9 +1,9 @@
 //! The TCP socket below TLS: its options, and a read buffer that only a proven peer gets.
 
+use nix::sys::socket::{setsockopt, sockopt};
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
-use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
