@@ -98,6 +98,9 @@ pub fn failover(agent: &Arc<Agent>, group: &Group, dry_run: bool, force: bool, s
     let exit = report.exit();
     let mut value = serde_json::to_value(&report).map_err(|e| Fault::internal("the report", e.to_string()))?;
     value["changed"] = json!(report.changed());
+    for (row, step) in value["steps"].as_array_mut().into_iter().flatten().zip(&report.steps) {
+        row["name"] = json!(step.step.to_string());
+    }
     Ok((value, exit))
 }
 
