@@ -191,5 +191,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt as error:
-        print(f"\ncheck: stopped by {error or 'Ctrl-C'}", file=sys.stderr)
+        print(f"\ncheck: stopped by {str(error) or 'Ctrl-C'}", file=sys.stderr)
         sys.exit(130)

@@ -100,12 +100,21 @@ def pair(lab):
     ask(lab, "alpha", "pair", f"{HOSTS['beta'][0]}:{AGENT_PORT}", stdin=f"{code}\n")
 
 
-def in_sync(lab):
-    """Whether everything needed on the day is on the standby: every volume, every image, and a generation to promote."""
-    group = status_of(lab, "alpha")
-    volumes, images = group.get("volumes", []), group.get("images", [])
-    return bool(volumes) and all(v.get("in_sync") is True for v in volumes) and \
-        bool(images) and all(i.get("on_standby") is True for i in images) and group.get("recoverable_to") is not None
+def await_sync(lab):
+    """Waits until everything needed on the day is on the standby: every volume, every image, and a generation to promote."""
+    group = {}
+
+    def there():
+        nonlocal group
+        group = status_of(lab, "alpha")
+        volumes, images = group.get("volumes", []), group.get("images", [])
+        return volumes and all(v.get("in_sync") is True for v in volumes) and \
+            images and all(i.get("on_standby") is True for i in images) and group.get("recoverable_to") is not None
+
+    try:
+        wait_for("the first sync of volume and image", 180, there, 0.2)
+    except LabError as error:
+        raise LabError(f"{error}; the last status of the group: {json.dumps(group)}") from None
 
 
 class Watch(threading.Thread):
@@ -251,7 +260,7 @@ def play(lab, step, seconds):
     step(f"group {GROUP} protected", lambda: ask(lab, "alpha", "protect", GROUP, "--container", service.CONTAINER, "--peer", "beta"))
     writer = service.Writer(lab, "alpha")
     step("first rows acknowledged", writer.await_rows, 1)
-    step("volume and image on the standby", lambda: wait_for("in sync", 180, lambda: in_sync(lab), 0.2))
+    step("volume and image on the standby", await_sync, lab)
 
     say(f"Replication under load for {seconds} s:")
     watch = Watch(lab)
@@ -284,9 +293,9 @@ def play(lab, step, seconds):
     result = {
         **verdict, **figures, "amcheck_clean": complaint == "",
         "rpo_reported_ms": round((cut_at - last[2]) * 1000, 1),
-        "rpo_reported_max_ms": round(max(promises) * 1000, 1),
+        "rpo_reported_max_ms": round(max(promises + [cut_at - last[2]]) * 1000, 1),
         "rpo_standby_ms": None if standby_until is None else round((cut_at - standby_until) * 1000, 1),
-        "rows_per_second": round(account["acknowledged"] / max(account["seconds"], 0.001), 1),
+        "rows_per_second": round(len(acknowledged) / max(acknowledged[-1][1] - acknowledged[0][1], 0.001), 1),
         "seconds_under_load": seconds,
         **counters(last[1], "bytes_changed", "bytes_read", "bytes_sent", "cycle_p50_ms", "cycle_p99_ms", "freeze_p50_ms",
                    "freeze_max_ms", "cycles", "generations"),
@@ -323,6 +332,8 @@ def main():
             figures, steps, complaints = play(lab, step, arguments.seconds)
         except (LabError, OSError, ValueError, subprocess.SubprocessError) as error:
             say(f"The demo failed: {error}")
+            for host in HOSTS:
+                say(f"  {host}'s agent says last: {lab.last_words(host, 'agent')}")
             say(f"The logs of both hosts are kept in {keep_logs(lab)}.")
             return 1
         figures["demo_seconds"] = round(time.monotonic() - step.began, 1)
@@ -347,5 +358,5 @@ if __name__ == "__main__":
         print(f"demo: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as error:
-        print(f"\ndemo: stopped by {error or 'Ctrl-C'}; everything it made is removed", file=sys.stderr)
+        print(f"\ndemo: stopped by {str(error) or 'Ctrl-C'}; everything it made is removed", file=sys.stderr)
         sys.exit(130)

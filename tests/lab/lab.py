@@ -216,6 +216,7 @@ class Lab:
         def gone():
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
+            reap_adopted()
             return start_time(pid) is None
 
         wait_for(f"the end of {name} (process {pid})", patience, gone, 0.005)
@@ -550,6 +551,19 @@ def whole_lab(docker=True):
         lab.down()
 
 
+def reap_adopted():
+    """Reaps the dead that this process inherited out of a host. A pid namespace ends only when its last process is reaped, and
+    one whose parent was outside (`nsenter` that was killed) is reaped by nobody else. Own children are left to whoever started
+    them: those live in the machine's pid namespace, one level up."""
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError), open(f"/proc/self/task/{task}/children", encoding="ascii") as file:
+            for child in file.read().split():
+                with contextlib.suppress(OSError), open(f"/proc/{child}/status", encoding="utf-8", errors="replace") as status:
+                    levels = [line for line in status if line.startswith("NSpid:")]
+                    if start_time(child) is None and levels and len(levels[0].split()) > 2:
+                        os.waitpid(int(child), os.WNOHANG)
+
+
 def adopt_orphans():
     """Makes this process the parent of what its children leave behind, so that nothing stays unreaped (Linux: PR_SET_CHILD_SUBREAPER)."""
     import ctypes
@@ -565,6 +579,8 @@ def shell():
                 file.write(f'{host}() {{ {prefix} "${{@:-bash}}"; }}\n')
             file.write("PS1='lab \\w # '\n")
         tell("Both hosts are up. `alpha CMD`, `beta CMD` and `wire CMD` run a command there; `exit` removes everything.")
+        if not sys.stdin.isatty():
+            return subprocess.run(["bash"], env={**os.environ, "BASH_ENV": rc}, check=False).returncode
         return subprocess.run(["bash", "--rcfile", rc, "-i"], check=False).returncode
 
 
@@ -618,5 +634,5 @@ if __name__ == "__main__":
         tell(f"lab: {error}")
         sys.exit(1)
     except KeyboardInterrupt as error:
-        tell(f"lab: stopped by {error or 'Ctrl-C'}; everything it made is removed")
+        tell(f"lab: stopped by {str(error) or 'Ctrl-C'}; everything it made is removed")
         sys.exit(130)

@@ -12,19 +12,20 @@ import time
 import traceback
 
 import service
-from lab import HOSTS, Lab, LabError, adopt_orphans, whole_lab
+from lab import HOSTS, Lab, LabError, adopt_orphans, wait_for, whole_lab
 
 
 def machine():
-    """What the lab must leave as it was: loop devices, mounts, links, control groups and processes of this machine."""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
-        mounts = sorted(line.split(" ", 4)[4] for line in file)
-    run = lambda *argv: subprocess.run(argv, capture_output=True, text=True, check=True).stdout
-    links = sorted(line.split(":")[1].strip() for line in run("ip", "-o", "link").splitlines())
+    """What the lab could leave behind on this machine: its loop devices, mounts, links, control groups and processes. Others may
+    work here at the same time; what is plainly theirs is left out."""
     lab = Lab()
-    groups = [point for point in (line.split()[4] for line in open("/proc/self/mountinfo", encoding="utf-8")) for host in HOSTS
-              if os.path.isdir(os.path.join(point, lab.cgroup(host)))]
-    return {"mounts": mounts, "links": links, "loops of the lab": lab.loops(), "control groups": groups,
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+        rows = [(line.split()[4], line) for line in file]
+    mounts = sorted(point for point, line in rows if point.startswith((lab.dir, "/run", "/sys", "/proc")) or lab.dir in line)
+    links = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True, check=True).stdout.splitlines()
+    names = {line.split(":")[1].split("@")[0].strip() for line in links} & {*HOSTS, "br0", "docker0", "eth0"}
+    groups = [point for point, _ in rows for host in HOSTS if os.path.isdir(os.path.join(point, lab.cgroup(host)))]
+    return {"mounts": mounts, "links": sorted(names), "loops of the lab": lab.loops(), "control groups": groups,
             "processes of the lab": processes_in_lab(lab)}
 
 
@@ -62,6 +63,23 @@ def hosts_are_apart(lab):
     # A file in one host's /run is not in the other's.
     lab.exec("alpha", ["touch", "/run/only-alpha"])
     assert lab.exec("beta", ["test", "-e", "/run/only-alpha"], check=False).returncode == 1
+
+
+def a_cable_can_be_pulled(lab):
+    listen = ["/usr/bin/python3", "-c", "import socket; s = socket.create_server(('10.77.0.2', 7)); print('up', flush=True)\n"
+              "while True: s.accept()[0].close()"]
+    lab.spawn("beta", listen, lab.path("beta", "log", "listen.log"))
+    wait_for("a listener on beta", 10, lambda: "up" in lab.last_words("beta", "listen"))
+
+    def reach():
+        probe = "import socket; socket.create_connection(('10.77.0.2', 7), 1)"
+        return lab.exec("alpha", ["/usr/bin/python3", "-c", probe], check=False).returncode == 0
+
+    assert reach()
+    lab.cable("beta", False)
+    assert not reach(), "beta answers without a cable"
+    lab.cable("beta", True)
+    wait_for("beta's answer with the cable back", 10, reach)
 
 
 def power_cut_and_comparison(lab):
@@ -159,7 +177,7 @@ def main():
     before = machine()
     try:
         with whole_lab() as lab:
-            for test in (hosts_are_apart, power_cut_and_comparison, leftovers_of_a_dead_run):
+            for test in (hosts_are_apart, a_cable_can_be_pulled, power_cut_and_comparison, leftovers_of_a_dead_run):
                 began = time.monotonic()
                 try:
                     test(lab)
