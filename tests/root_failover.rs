@@ -88,8 +88,8 @@ impl World {
         let spec = GroupSpec { id: Uuid([9; 16]), name: "shop".into(), volumes, containers: Vec::new() };
         let mut world = World { dir, docker, dockerd, _runtime: runtime, spec, contents };
         world.spec.containers = vec![
-            world.capture("db", &["--volume", "pgdata:/data", "--env", "PW=hunter2-secret"], &[]),
-            world.capture("web", &["--volume", "files:/srv", "--volume", "pgdata:/data:ro"], &[]),
+            world.capture("db", &["--volume", "pgdata:/data:nocopy", "--env", "PW=hunter2-secret"], &[]),
+            world.capture("web", &["--volume", "files:/srv", "--volume", "pgdata:/data:ro,nocopy"], &[]),
             world.capture("cache", &[], &[]),
         ];
         world
@@ -101,19 +101,12 @@ impl World {
             self.docker.ensure_volume(&volume.name, FileSystem::Ext4, Path::new("/nowhere/primary"), "").unwrap();
         }
         let create = ["create", "--name", name, "--restart", "always"];
-        // No copy: the device of the primary is not there.
-        self.dockerd.cli(
-            &[
-                &create[..],
-                &options.iter().map(|o| if o.ends_with("/data") { "pgdata:/data:nocopy" } else { o }).collect::<Vec<_>>(),
-                &["shop/app:1"],
-                command,
-            ]
-            .concat(),
-        );
+        self.dockerd.cli(&[&create[..], options, &["shop/app:1"], command].concat());
         let spec = self.docker.capture(name).unwrap();
         self.dockerd.cli(&["rm", name]);
-        self.spec.volumes.iter().for_each(|volume| drop(self.dockerd.cli(&["volume", "rm", &volume.name])));
+        self.spec.volumes.iter().for_each(|volume| {
+            self.dockerd.cli(&["volume", "rm", &volume.name]);
+        });
         spec
     }
 
@@ -129,7 +122,9 @@ impl World {
         for name in self.spec.containers.iter().map(|container| &container.name) {
             self.dockerd.cli_ok(&["rm", "--force", "--volumes", name]);
         }
-        self.spec.volumes.iter().for_each(|volume| drop(self.dockerd.cli_ok(&["volume", "rm", &volume.name])));
+        self.spec.volumes.iter().for_each(|volume| {
+            self.dockerd.cli_ok(&["volume", "rm", &volume.name]);
+        });
         self.detach();
         for path in self.images() {
             std::fs::File::create(&path).unwrap().set_len(SIZE).unwrap();
