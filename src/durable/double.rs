@@ -127,6 +127,7 @@ struct State {
     log: Vec<Op>,
     calls: u64,
     trouble: Option<(u64, Trouble)>,
+    struck: Option<(String, u64)>,
 }
 
 impl State {
@@ -244,6 +245,10 @@ impl World {
     pub fn plant(&self, at: u64, trouble: Trouble) {
         self.state().trouble = Some((at, trouble));
     }
+    /// The write that trouble hit, if it hit one: the disk, and where in bytes.
+    pub fn struck(&self) -> Option<(String, u64)> {
+        self.state().struck.clone()
+    }
     /// Turns over one bit of a disk's medium, behind everybody's back.
     pub fn rot(&self, name: &str, byte: u64, bit: u8) {
         let mut state = self.state();
@@ -324,7 +329,11 @@ impl Storage for CrashDisk {
     fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Res<()> {
         self.usable(offset, bytes.len())?;
         let mut state = self.world.state();
-        match state.call() {
+        let trouble = state.call();
+        if trouble.is_some() {
+            state.struck = Some((self.name.clone(), offset));
+        }
+        match trouble {
             None => state.write(&self.name, offset, bytes),
             Some(Trouble::Lies) => Ok(()),
             Some(Trouble::FlipsABit) => {
