@@ -255,7 +255,7 @@ impl Explorer<'_> {
         let log = world.log();
         if depth > 0 && log.iter().any(|op| !matches!(op, Op::Flush(_))) {
             let mut wrong = None;
-            let limits = Limits { writes_max: 4, samples: 1, seed: self.seed };
+            let limits = Limits { writes_max: 4, tears_max: 32, samples: 1, seed: self.seed };
             crash_states(disks, &log, limits, &mut |_, disks| {
                 if wrong.is_none() {
                     wrong = self.state(known, disks, depth - 1).err();
@@ -291,7 +291,7 @@ fn explore(script: &[Act], order: Option<&'static [Step]>, samples: usize) -> Re
     for act in script {
         standby.act(*act).map_err(|fault| format!("{act:?}: {fault}"))?;
     }
-    let limits = Limits { writes_max: 10, samples, seed: 1 };
+    let limits = Limits { writes_max: 10, tears_max: usize::MAX, samples, seed: 1 };
     explore_log(&standby, 1, limits).map_err(|wrong| format!("{script:?}: {wrong}"))
 }
 
@@ -408,8 +408,8 @@ fn one_trouble(script: &[Act], order: Option<&'static [Step]>, call: u64, troubl
     if lying {
         return Ok(explorer.states);
     }
-    let limits = Limits { writes_max: 3, samples: 1, seed: call };
-    Ok(explorer.states + explore_log(&standby, 16, limits)?)
+    let limits = Limits { writes_max: 3, tears_max: 4, samples: 1, seed: call };
+    Ok(explorer.states + explore_log(&standby, 4, limits)?)
 }
 
 #[test]

@@ -394,6 +394,8 @@ impl Storage for CrashDisk {
 pub struct Limits {
     /// All subsets of up to this many unflushed writes; above it, `samples` of them.
     pub writes_max: usize,
+    /// How many ways of tearing one write are shown; if there are more, evenly chosen ones.
+    pub tears_max: usize,
     /// Number of random states (sector by sector, and of subsets where there are too many) at each place in the log.
     pub samples: usize,
     /// Where the random ones begin.
@@ -495,7 +497,7 @@ fn one_place(media: &Disks, pending: &[Pending], newest: bool, limits: Limits, v
     // 2. One write torn: each beginning of it, and each single sector missing; the others all there, none there, or some.
     for (torn, write) in pending.iter().enumerate() {
         let sectors = write.2.len().div_ceil(SECTOR_BYTES);
-        for shape in 0..2 * sectors {
+        for shape in (0..2 * sectors).step_by((2 * sectors).div_ceil(limits.tears_max.max(1)).max(1)) {
             let kept = |sector: usize| match shape < sectors {
                 true => sector < shape,
                 false => sector != shape - sectors,
