@@ -310,6 +310,18 @@ impl GenerationHead {
 }
 
 impl Commit {
+    /// The COMMIT of a header (sequence 0), or the mark of that sequence for it.
+    pub fn of(head: &GenerationHead, sequence: u64) -> Commit {
+        Commit {
+            group: head.group,
+            lineage: head.lineage,
+            position: head.position,
+            offset: head.offset,
+            sequence,
+            head_digest: head.own_digest(),
+            digest: head.digest,
+        }
+    }
     /// The sector of a COMMIT (sequence 0) or a mark (any other).
     pub fn encode(&self) -> Sector {
         let kind = if self.sequence == 0 { Kind::Commit } else { Kind::Mark };
@@ -379,16 +391,7 @@ mod tests {
         }
     }
     fn commit(sequence: u64) -> Commit {
-        let head = head();
-        Commit {
-            group: head.group,
-            lineage: head.lineage,
-            position: head.position,
-            offset: head.offset,
-            sequence,
-            head_digest: head.own_digest(),
-            digest: head.digest,
-        }
+        Commit::of(&head(), sequence)
     }
 
     /// The bytes of version 1, spelled out by hand from the byte map above and not by the encoder.

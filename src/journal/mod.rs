@@ -204,7 +204,7 @@ pub struct Journal {
     /// Why nothing is taken any more until the journal is opened again.
     poisoned: Option<Fault>,
     corrupt: Option<Fault>,
-    /// Up to [`PIECE_BYTES`] of payload on their way.
+    /// Up to [`PIECE_BYTES`] of payload on their way; empty until the first generation comes.
     buffer: AlignedBuf,
     /// One block on its way.
     block: AlignedBuf,
@@ -257,6 +257,9 @@ impl Journal {
                 Base::File(position)
             }
         };
+        if self.buffer.is_empty() {
+            self.buffer = AlignedBuf::new(PIECE_BYTES);
+        }
         self.open = Some(Open {
             position,
             parent,
@@ -341,22 +344,23 @@ impl Journal {
             Fault::new(Code::Corrupt, format!("generation {} in the journal", sealed.position), cause, next)
         };
         // [ the rest of the last piece | a new piece, read to an aligned address ]
-        let mut buffer = AlignedBuf::new(PIECE_BYTES);
-        let piece_bytes = PIECE_BYTES - CARRY_BYTES;
+        let piece_bytes = piece_of(sealed.payload_bytes).min(PIECE_BYTES - CARRY_BYTES);
+        let carry_bytes = CARRY_BYTES.min(piece_bytes);
+        let mut buffer = AlignedBuf::new(carry_bytes + piece_bytes);
         let (mut done, mut carried, mut hasher) = (0u64, 0usize, blake3::Hasher::new());
         while done < sealed.payload_bytes {
             let len = (sealed.payload_bytes - done).min(piece_bytes as u64) as usize;
             let padded = len.next_multiple_of(JOURNAL_BLOCK_BYTES);
-            storage.read_at(held.base.offset() + BLOCK + done, &mut buffer[CARRY_BYTES..CARRY_BYTES + padded])?;
-            hasher.update(&buffer[CARRY_BYTES..CARRY_BYTES + len]);
+            storage.read_at(held.base.offset() + BLOCK + done, &mut buffer[carry_bytes..carry_bytes + padded])?;
+            hasher.update(&buffer[carry_bytes..carry_bytes + len]);
             done += len as u64;
-            let (start, end) = (CARRY_BYTES - carried, CARRY_BYTES + len);
+            let (start, end) = (carry_bytes - carried, carry_bytes + len);
             let whole = whole_records(&buffer[start..end]).ok_or_else(|| corrupt("what stands in it are not change records"))?;
             if whole > 0 {
                 sink(&buffer[start..start + whole])?;
             }
             carried = end - start - whole;
-            buffer.copy_within(start + whole..end, CARRY_BYTES - carried);
+            buffer.copy_within(start + whole..end, carry_bytes - carried);
         }
         match carried == 0 && Digest(*hasher.finalize().as_bytes()) == sealed.payload_digest {
             true => Ok(()),
@@ -591,6 +595,11 @@ fn whole_records(bytes: &[u8]) -> Option<usize> {
         }
     }
     Some(whole)
+}
+
+/// How much of a payload is read at once, in bytes: all of it rounded up to blocks, or a piece.
+fn piece_of(payload_bytes: u64) -> usize {
+    payload_bytes.min(PIECE_BYTES as u64).next_multiple_of(BLOCK) as usize
 }
 
 /// The digest of `payload_bytes` of payload as they stand on the medium.

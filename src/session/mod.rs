@@ -3,107 +3,108 @@
 //! Keeps the bytes in flight within the credit that the receiver gave.
 //! Never touches a socket, a clock or a disk; an acknowledgement can be built from a `SealedProof` only.
 //! Assumes messages come from the peer that `link` authenticated.
+//!
+//! ```text
+//! Hello ──► Welcome ──┬─ Ask:       (Ping ──► Pong)*
+//!                     ├─ Images:    (ImageOffer ──► ImageWanted, ImageBytes* , ImageEnd ──► ImageReady)*
+//!                     └─ Replicate: Define ──► Defined
+//!                                   DigestsWanted ──► Digests*, DigestsDone
+//!                                   Begin, (Chunks ──► Credit | Segment ──► SegmentDone)*, End ──► Committed
+//! ```
+//!
+//! An error ends the conversation on the side that found it: it is said once (`Refused`), and nothing is accepted afterwards.
 #![forbid(unsafe_code)]
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
-use crate::format::{Landing, Message, Purpose, Standing};
-use crate::model::{Digest, GroupId, Moment, Position, Receipt, Res, SealedProof};
+mod payload;
+mod receiver;
+mod sender;
+
+pub use receiver::{OpenTransfer, Receiver, ReceiverAction};
+pub use sender::{Sender, SenderEvent};
+
+use crate::format::Message;
+use crate::model::{Code, Digest, Fault, Position, Receipt, Res};
 
 /// The peer's acknowledgement of one generation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Acknowledged { position: Position, digest: Digest }
+pub struct Acknowledged {
+    position: Position,
+    digest: Digest,
+}
+
 impl Receipt for Acknowledged {
-    fn position(&self) -> Position { self.position }
-    fn digest(&self) -> Digest { self.digest }
+    fn position(&self) -> Position {
+        self.position
+    }
+    fn digest(&self) -> Digest {
+        self.digest
+    }
 }
 
-/// The sender's half (the primary). Made when the connection is up.
-#[derive(Debug)]
-pub struct Sender { _p: () }
-
-/// What the sender learns from a message.
-#[derive(Debug, PartialEq)]
-pub enum SenderEvent {
-    /// The standby introduced itself.
-    Welcome { host: String, standing: Standing },
-    /// The definition is durable there.
-    Defined,
-    /// A segment of a direct transfer is durable there.
-    SegmentDone { number: u64 },
-    /// The generation is committed; the only way to obtain a receipt. Its digest was checked against ours.
-    Committed(Acknowledged),
-    /// Digests of a range.
-    Digests { volume: u16, start: u64, digests: Vec<u8> },
-    /// The range is done.
-    DigestsDone { volume: u16 },
-    /// Credit was added, or a pong came: nothing to do.
-    Nothing,
+/// Whether a generation at `position` may follow `tip` in a conversation that was opened in `epoch` (S2, S6).
+fn follows(position: Position, tip: Position, epoch: u64) -> Res<()> {
+    if position.epoch < epoch.max(tip.epoch) {
+        return Err(stale(position.epoch, epoch.max(tip.epoch)));
+    }
+    if position.epoch > epoch {
+        let (said, is) = (epoch, position.epoch);
+        return Err(Fault::protocol(format!("the conversation was opened in epoch {said}, the generation is of epoch {is}")));
+    }
+    if tip.generation.checked_add(1) != Some(position.generation) {
+        return Err(chain_broken(format!("generation {position} does not follow {tip}")));
+    }
+    Ok(())
 }
 
-impl Sender {
-    /// A new conversation and the `Hello` to send.
-    pub fn new(_host: &str, _purpose: Purpose, _group: GroupId, _epoch: u64) -> (Sender, Message) { todo!() }
-    /// Takes a message. A `Refused` becomes its fault; anything out of turn is `PROTOCOL_ERROR`.
-    pub fn on_message(&mut self, _message: Message) -> Res<SenderEvent> { todo!() }
-    /// Payload bytes that may be sent now.
-    pub fn credit_bytes(&self) -> u64 { todo!() }
-    /// The definition.
-    pub fn define(&mut self, _spec: Vec<u8>) -> Res<Message> { todo!() }
-    /// Begins a transfer on top of the standby's tip.
-    pub fn begin(&mut self, _position: Position, _landing: Landing, _payload_max_bytes: u64) -> Res<Message> { todo!() }
-    /// A piece of payload (whole records). Fails with `INTERNAL` beyond the credit.
-    pub fn chunks(&mut self, _bytes: Vec<u8>) -> Res<Message> { todo!() }
-    /// Asks that a direct transfer so far be made durable.
-    pub fn segment(&mut self) -> Res<(u64, Message)> { todo!() }
-    /// Ends the payload. The sender remembers the digest that the receipt must bring.
-    pub fn end(&mut self, _cut_at: Moment) -> Res<(Digest, Message)> { todo!() }
-    /// Gives up the open transfer.
-    pub fn abort(&mut self, _reason: &str) -> Message { todo!() }
-    /// Asks for digests of a range.
-    pub fn want_digests(&mut self, _volume: u16, _start: u64, _count: u64) -> Res<Message> { todo!() }
-    /// Resumes an open journalled transfer of which the standby holds `held_bytes` of payload (a prefix of what we sent,
-    /// ending at a record): the hash state continues as if those bytes, given here in the same pieces, had just been sent.
-    pub fn resume(&mut self, _position: Position, _held: &mut dyn Iterator<Item = &[u8]>) -> Res<()> { todo!() }
+fn stale(theirs: u64, ours: u64) -> Fault {
+    let cause = format!("epoch {theirs} is over, epoch {ours} is known");
+    Fault::new(
+        Code::StaleEpoch,
+        "the group",
+        cause,
+        "stop serving it on the host of the lower epoch, then run `doublure failback`",
+    )
 }
 
-/// The receiver's half (the standby).
-#[derive(Debug)]
-pub struct Receiver { _p: () }
-
-/// What the receiver is to do.
-#[derive(Debug, PartialEq)]
-pub enum ReceiverAction {
-    /// Look the group up and answer with [`Receiver::welcome`].
-    Greet { host: String, purpose: Purpose, group: GroupId, epoch: u64 },
-    /// Make the definition durable, create the replicas, then send `Defined`.
-    Define { spec: Vec<u8> },
-    /// Reserve and open a transfer (position, parent and epoch were checked against the standing).
-    Begin { position: Position, parent: Position, parent_digest: Digest, landing: Landing, payload_max_bytes: u64 },
-    /// Check and store these whole records, then give the credit back.
-    Store { bytes: Vec<u8> },
-    /// Make the direct transfer durable, then send `SegmentDone`.
-    Segment { number: u64 },
-    /// Verify and commit, then answer with [`Receiver::committed`]. The digest is the chained one to seal under.
-    Commit { position: Position, payload_bytes: u64, payload_digest: Digest, digest: Digest, cut_at: Moment },
-    /// Drop the open transfer.
-    Drop { reason: String },
-    /// Send digests of this range of the replica.
-    SendDigests { volume: u16, start: u64, count: u64 },
-    /// An image conversation: the message as it is.
-    Image(Message),
-    /// Send this.
-    Send(Message),
+fn chain_broken(cause: impl Into<String>) -> Fault {
+    Fault::new(Code::ChainBroken, "the generation", cause, "both sides are compared and the next generation carries what differs")
 }
 
-impl Receiver {
-    /// A new conversation.
-    pub fn new(_host: &str) -> Receiver { todo!() }
-    /// Takes a message. Out of turn, wrong epoch (`STALE_EPOCH`), wrong parent (`CHAIN_BROKEN`): an error to send as `Refused`.
-    pub fn on_message(&mut self, _message: Message) -> Res<ReceiverAction> { todo!() }
-    /// The answer to a hello.
-    pub fn welcome(&mut self, _standing: Standing, _credit_bytes: u64) -> Message { todo!() }
-    /// Gives back credit for bytes that were stored.
-    pub fn stored(&mut self, _bytes: u64) -> Message { todo!() }
-    /// The acknowledgement: only for what is sealed, and only for what was asked.
-    pub fn committed(&mut self, _proof: &dyn SealedProof) -> Res<Message> { todo!() }
+/// The fault for a message that has no place here. Its content is not repeated: it may be large, or secret.
+fn out_of_turn(message: &Message, stage: &str) -> Fault {
+    Fault::protocol(format!("{} is out of turn {stage}", word(message)))
 }
+
+fn word(message: &Message) -> &'static str {
+    match message {
+        Message::Hello { .. } => "Hello",
+        Message::Welcome { .. } => "Welcome",
+        Message::Define { .. } => "Define",
+        Message::Defined => "Defined",
+        Message::Begin { .. } => "Begin",
+        Message::Chunks { .. } => "Chunks",
+        Message::Segment { .. } => "Segment",
+        Message::SegmentDone { .. } => "SegmentDone",
+        Message::End { .. } => "End",
+        Message::Committed { .. } => "Committed",
+        Message::Abort { .. } => "Abort",
+        Message::Credit { .. } => "Credit",
+        Message::DigestsWanted { .. } => "DigestsWanted",
+        Message::Digests { .. } => "Digests",
+        Message::DigestsDone { .. } => "DigestsDone",
+        Message::ImageOffer { .. } => "ImageOffer",
+        Message::ImageWanted { .. } => "ImageWanted",
+        Message::ImageBytes { .. } => "ImageBytes",
+        Message::ImageEnd => "ImageEnd",
+        Message::ImageReady => "ImageReady",
+        Message::Ping => "Ping",
+        Message::Pong => "Pong",
+        Message::Refused { .. } => "Refused",
+    }
+}
+
+#[cfg(test)]
+mod pipe_tests;
+#[cfg(test)]
+mod tests;
