@@ -309,7 +309,10 @@ fn explore_log(standby: &Standby, stride: u64, limits: Limits) -> Result<u64, St
         if at != place {
             (place, known) = (at, Known::at(&log[..at], &standby.attempts));
         }
-        wrong = explorer.state(&known, disks, 1).err().map(|wrong| format!("power cut after {at} of {} operations: {wrong}", log.len()));
+        wrong = explorer
+            .state(&known, disks, 1)
+            .err()
+            .map(|wrong| format!("power cut after {at} of {} operations: {wrong}", log.len()));
     });
     wrong.map_or(Ok(explorer.states), Err)
 }
@@ -492,7 +495,9 @@ fn rot_in_any_block_is_noticed_and_what_is_before_it_can_still_be_had() {
             let world = World::from_disks(&disks);
             world.rot(name, byte, byte as u8);
             let (journal, recovered) = open(&world, known.applied).unwrap();
-            known.check(&standby.attempts, &journal, &recovered, true).unwrap_or_else(|wrong| panic!("{name} at {byte}: {wrong}"));
+            known
+                .check(&standby.attempts, &journal, &recovered, true)
+                .unwrap_or_else(|wrong| panic!("{name} at {byte}: {wrong}"));
             match recovered.corrupt {
                 Some(fault) => {
                     assert_eq!(fault.code, Code::Corrupt);

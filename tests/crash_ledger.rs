@@ -217,7 +217,16 @@ fn an_edit_that_fails_or_grows_too_large_changes_nothing() {
     let refuse = &mut |_: &mut Option<Record>| Err(doublure::model::Fault::internal("edit", "no"));
     assert_eq!(ledger.commit(refuse).unwrap_err().code, Code::Internal);
     assert_eq!(put(&mut ledger, &record(2, 1 << 20)).unwrap_err().code, Code::BadArgument);
-    assert_eq!(ledger.commit(&mut |slot| { slot.take(); Ok(()) }).unwrap_err().code, Code::BadArgument);
+    assert_eq!(
+        ledger
+            .commit(&mut |slot| {
+                slot.take();
+                Ok(())
+            })
+            .unwrap_err()
+            .code,
+        Code::BadArgument
+    );
     assert_eq!(ledger.record(), Some(&record(1, 10)));
     put(&mut ledger, &record(3, 10)).unwrap();
     assert_eq!(ledger.record(), Some(&record(3, 10)));

@@ -1,23 +1,217 @@
-//! The door that `failover` codes against until the room's owner opens it.
+//! Owns the way of a sealed generation onto the replicas, and the standby's word that it is there.
+//! Gives `Applied` once every byte survives power loss and the ledger says so.
+//! Keeps the order of the records where they overlap; doing it twice gives the same bytes.
+//! Never needs the network or the primary; never lets go of the journal itself.
+//! Assumes the replicas are held exclusively, and the notes headed D in `kernel-notes.md`.
+//!
+//! The order of one apply:
+//! 1. check chain, specification and sizes; nothing was written before a refusal
+//! 2. write every record, in order, straight onto the replicas; the journal's digest is verified on the way
+//! 3. flush every replica that was written to
+//! 4. commit APPLIED (position, digest, cut instant) to the ledger, which flushes
+//! 5. now, and not before, the caller may let the journal go of it (`Journal::release`)
+//!
+//! A crash before 4 leaves a replica with a part of the generation, the whole of it in the journal, and a ledger that says so: it
+//! is applied again from the start. That is safe because a record's bytes do not depend on what was there before.
 
+use crate::delta::{RECORD_HEADER_BYTES, RecordHead, decode, head};
 use crate::device::{DeviceFile, Engine};
 use crate::journal::{Journal, Sealed};
-use crate::ledger::Ledger;
-use crate::model::{GroupSpec, Res};
+use crate::ledger::{Ledger, Record};
+use crate::model::{BlockRun, Code, Digest, Fault, GroupSpec, Position, Res, SealedProof};
 
-/// Proof that a generation is on the replicas. Only `apply` makes it.
+/// Zero runs of at least this many blocks become holes (or BLKZEROOUT); shorter ones are written, which is one request among many
+/// in flight instead of a call of its own.
+const HOLE_BLOCKS_MIN: u64 = 16;
+
+/// Proof that everything up to a position is on the replicas, durably, and that the ledger says so. Only apply makes it.
+#[derive(Debug)]
 pub struct Applied {
-    _p: (),
+    position: Position,
+    digest: Digest,
+    _private: (),
 }
 
-/// Writes a sealed generation to the replicas, flushes them, and records the position.
+impl Applied {
+    /// The position.
+    pub fn position(&self) -> Position {
+        self.position
+    }
+    /// Its digest.
+    pub fn digest(&self) -> Digest {
+        self.digest
+    }
+}
+
+/// Puts a sealed generation onto the replicas (`replicas[i]` is that of `spec.volumes[i]`) and says so in the ledger.
+///
+/// Already so is fine and writes nothing. Errors: `CHAIN_BROKEN` when it does not follow what the ledger calls applied, or a direct
+/// sync has not ended; `IDENTITY_CHANGED` or `DEVICE_TOO_SMALL` when replicas and specification do not fit; `CORRUPT` when the
+/// journal's bytes rotted (the replica then holds a part of the generation, and the ledger goes on saying that it does not hold
+/// it); errors of device and ledger. After any of them the same call can be made again, with a new handle where the old one is
+/// poisoned.
 pub fn apply(
-    _journal: &Journal,
-    _sealed: &Sealed,
-    _spec: &GroupSpec,
-    _replicas: &[DeviceFile],
-    _engine: &mut dyn Engine,
-    _ledger: &mut Ledger,
+    journal: &Journal,
+    sealed: &Sealed,
+    spec: &GroupSpec,
+    replicas: &[DeviceFile],
+    engine: &mut dyn Engine,
+    ledger: &mut Ledger,
 ) -> Res<Applied> {
-    todo!()
+    // 1
+    let (position, digest) = (sealed.position(), sealed.digest());
+    let thing = format!("generation {position} of group {}", spec.name);
+    let Some(record) = ledger.record() else {
+        return Err(Fault::new(Code::ChainBroken, thing, "the ledger holds nothing yet", "define the group first"));
+    };
+    if (record.applied, record.applied_digest) == (position, digest) {
+        return Ok(Applied { position, digest, _private: () });
+    }
+    check_chain(record, sealed, &thing)?;
+    if record.spec.id != spec.id {
+        let cause = format!("the ledger is that of group {}", record.spec.id);
+        return Err(Fault::new(Code::IdentityChanged, thing, cause, "open the ledger of this group"));
+    }
+    check_sizes(spec, replicas)?;
+    // 2
+    let mut touched = vec![false; replicas.len()];
+    journal.read(sealed, &mut |records| write_records(records, spec, replicas, engine, &mut touched).map(|_| ()))?;
+    // 3
+    for (replica, _) in replicas.iter().zip(&touched).filter(|(_, touched)| **touched) {
+        replica.flush()?;
+    }
+    // 4
+    ledger.commit(&mut |record| {
+        let Some(record) = record else { return Err(Fault::internal("the ledger", "its record went away during apply")) };
+        (record.applied, record.applied_digest, record.applied_cut_at) = (position, digest, sealed.cut_at());
+        if record.committed < position {
+            (record.committed, record.committed_digest, record.committed_cut_at) = (position, digest, sealed.cut_at());
+        }
+        Ok(())
+    })?;
+    Ok(Applied { position, digest, _private: () })
+}
+
+fn check_chain(record: &Record, sealed: &Sealed, thing: &str) -> Res<()> {
+    let cause = match (record.applied, record.applied_digest) == sealed.parent() {
+        true if !record.syncing => return Ok(()),
+        true => "a direct sync of this replica has begun and not ended".to_string(),
+        false => format!("it follows {} and the replica stands at {}", sealed.parent().0, record.applied),
+    };
+    Err(Fault::new(Code::ChainBroken, thing, cause, "compare the volumes in full: run `doublure sync`"))
+}
+
+/// Writes whole change records straight onto the replicas, for a first sync: not durable before [`flush_replicas`], and nothing
+/// that could be promoted before the ledger says so. Returns the bytes written, zeroes included.
+///
+/// Errors: `PROTOCOL_ERROR`, `CORRUPT`, `IDENTITY_CHANGED`, `DEVICE_TOO_SMALL`, and those of the device. Records before the one in
+/// error may have been written.
+pub fn apply_direct(records: &[u8], spec: &GroupSpec, replicas: &[DeviceFile], engine: &mut dyn Engine) -> Res<u64> {
+    check_sizes(spec, replicas)?;
+    write_records(records, spec, replicas, engine, &mut vec![false; replicas.len()])
+}
+
+/// Makes everything written to the replicas durable. `FLUSH_FAILED` poisons the handle that failed; what was sent since the last
+/// flush is then to be sent again.
+pub fn flush_replicas(replicas: &[DeviceFile]) -> Res<()> {
+    replicas.iter().try_for_each(DeviceFile::flush)
+}
+
+/// A replica of another size is another device under the name, or an image that somebody changed.
+fn check_sizes(spec: &GroupSpec, replicas: &[DeviceFile]) -> Res<()> {
+    if spec.volumes.len() != replicas.len() {
+        let cause = format!("{} replicas for {} volumes", replicas.len(), spec.volumes.len());
+        return Err(Fault::internal(format!("group {}", spec.name), cause));
+    }
+    for (volume, replica) in spec.volumes.iter().zip(replicas) {
+        let code = match replica.size_bytes().cmp(&volume.size_bytes) {
+            std::cmp::Ordering::Equal => continue,
+            std::cmp::Ordering::Less => Code::DeviceTooSmall,
+            std::cmp::Ordering::Greater => Code::IdentityChanged,
+        };
+        let cause = format!("it has {} bytes, and the volume has {}", replica.size_bytes(), volume.size_bytes);
+        let next = "put the replica's own device back, or sync the group anew onto one of that size";
+        return Err(Fault::new(code, format!("the replica of volume {}", volume.name), cause, next));
+    }
+    Ok(())
+}
+
+/// Where a record stands in a piece of payload.
+struct Here {
+    head: RecordHead,
+    stored_at: usize,
+    end: usize,
+}
+
+fn record_at(records: &[u8], at: usize, spec: &GroupSpec) -> Res<Option<Here>> {
+    if at == records.len() {
+        return Ok(None);
+    }
+    let cut = || Fault::protocol("a change record is cut off");
+    let head = head(&records[at..], &spec.volumes)?.ok_or_else(cut)?;
+    let stored_at = at + RECORD_HEADER_BYTES;
+    let end = stored_at + head.stored_bytes as usize;
+    match end <= records.len() {
+        true => Ok(Some(Here { head, stored_at, end })),
+        false => Err(cut()),
+    }
+}
+
+/// A zero record is encoding 0 (byte map: `delta::record`).
+fn is_hole(head: &RecordHead) -> bool {
+    head.encoding == 0 && head.run.count >= HOLE_BLOCKS_MIN
+}
+
+/// Writes records in their order; consecutive ones of a volume go out together, many in flight, decoded into the engine's buffers.
+fn write_records(
+    records: &[u8],
+    spec: &GroupSpec,
+    replicas: &[DeviceFile],
+    engine: &mut dyn Engine,
+    touched: &mut [bool],
+) -> Res<u64> {
+    let (mut at, mut written, mut scratch) = (0, 0, Vec::new());
+    while let Some(first) = record_at(records, at, spec)? {
+        let volume = usize::from(first.head.volume);
+        let size_bytes = spec.volumes[volume].size_bytes;
+        touched[volume] = true;
+        if is_hole(&first.head) {
+            // Neighbouring holes are one call.
+            let mut run: BlockRun = first.head.run;
+            check_zero(&first.head, run.bytes(size_bytes).len, &mut scratch)?;
+            at = first.end;
+            while let Some(next) = record_at(records, at, spec)?
+                && next.head.encoding == 0
+                && (next.head.volume, next.head.run.start) == (first.head.volume, run.end())
+            {
+                check_zero(&next.head, next.head.run.bytes(size_bytes).len, &mut scratch)?;
+                run.count += next.head.run.count;
+                at = next.end;
+            }
+            let bytes = run.bytes(size_bytes);
+            replicas[volume].zero(bytes)?;
+            written += bytes.len;
+            continue;
+        }
+        engine.write(&replicas[volume], &mut |buffer| {
+            let here = match record_at(records, at, spec)? {
+                Some(here) if here.head.volume == first.head.volume && !is_hole(&here.head) => here,
+                _ => return Ok(None),
+            };
+            let bytes = here.head.run.bytes(size_bytes);
+            let Some(plain) = buffer.get_mut(..bytes.len as usize) else {
+                return Err(Fault::internal("a change record", "it is larger than a buffer of the engine"));
+            };
+            decode(&here.head, &records[here.stored_at..here.end], plain)?;
+            (at, written) = (here.end, written + bytes.len);
+            Ok(Some(bytes))
+        })?;
+    }
+    Ok(written)
+}
+
+/// A zero record's checksum is that of zeroes of its length; one that says otherwise was not made from zeroes.
+fn check_zero(head: &RecordHead, bytes: u64, scratch: &mut Vec<u8>) -> Res<()> {
+    scratch.resize(bytes as usize, 0);
+    decode(head, &[], scratch)
 }

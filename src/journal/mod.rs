@@ -215,7 +215,11 @@ pub struct Journal {
 
 impl std::fmt::Debug for Journal {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Journal").field("group", &self.group).field("tip", &self.tip).field("held", &self.held).finish_non_exhaustive()
+        f.debug_struct("Journal")
+            .field("group", &self.group)
+            .field("tip", &self.tip)
+            .field("held", &self.held)
+            .finish_non_exhaustive()
     }
 }
 
@@ -288,7 +292,10 @@ impl Journal {
         self.usable()?;
         let Some(open) = &mut self.open else { return Err(not_open()) };
         if records.len() as u64 > open.max_bytes - open.payload_bytes() {
-            return Err(Fault::protocol(format!("generation {} is longer than the {} bytes announced", open.position, open.max_bytes)));
+            return Err(Fault::protocol(format!(
+                "generation {} is longer than the {} bytes announced",
+                open.position, open.max_bytes
+            )));
         }
         check_records(records, volumes, &mut self.plain)?;
         open.hasher.update(records);
@@ -336,7 +343,12 @@ impl Journal {
     pub fn read(&self, sealed: &Sealed, sink: &mut dyn FnMut(&[u8]) -> Res<()>) -> Res<()> {
         let Some(held) = self.held.iter().find(|held| held.sealed == *sealed && !held.released) else {
             let thing = format!("generation {}", sealed.position);
-            return Err(Fault::new(Code::NothingCommitted, thing, "the journal does not hold it", "ask for the ones that it does hold"));
+            return Err(Fault::new(
+                Code::NothingCommitted,
+                thing,
+                "the journal does not hold it",
+                "ask for the ones that it does hold",
+            ));
         };
         let storage = self.storage(held.base)?;
         let corrupt = |cause: &str| {
@@ -387,7 +399,8 @@ impl Journal {
 
     /// Bytes in use and in all.
     pub fn fill(&self) -> (u64, u64) {
-        let sealed: u64 = self.held.iter().filter(|held| !held.released).filter_map(Held::extent).map(|(from, to)| to - from).sum();
+        let sealed: u64 =
+            self.held.iter().filter(|held| !held.released).filter_map(Held::extent).map(|(from, to)| to - from).sum();
         let open = self.open.as_ref().filter(|open| matches!(open.base, Base::Ring(_))).and_then(|open| span(open.max_bytes));
         (sealed + open.unwrap_or(0), self.ring_end() - RING_START)
     }
@@ -414,7 +427,12 @@ impl Journal {
         }
         if self.held.iter().any(|held| !held.released) {
             let next = "apply them first";
-            return Err(Fault::new(Code::GroupBusy, self.thing(), "intact generations before the missing one wait to be applied", next));
+            return Err(Fault::new(
+                Code::GroupBusy,
+                self.thing(),
+                "intact generations before the missing one wait to be applied",
+                next,
+            ));
         }
         self.abandon()?;
         self.lineage = open::new_lineage()?;
@@ -441,7 +459,12 @@ impl Journal {
     }
 
     fn broken(&self, position: Position, cause: String) -> Fault {
-        Fault::new(Code::ChainBroken, format!("generation {position}"), cause, "the primary asks where this side stands and goes on from there")
+        Fault::new(
+            Code::ChainBroken,
+            format!("generation {position}"),
+            cause,
+            "the primary asks where this side stands and goes on from there",
+        )
     }
 
     /// A failed write or flush of a superblock, a mark or a COMMIT leaves the medium in one of two states. Only reading it back
@@ -449,7 +472,8 @@ impl Journal {
     fn or_poison<T>(&mut self, result: Res<T>) -> Res<T> {
         if let Err(fault) = &result {
             let cause = format!("what it holds is in doubt after: {}", fault.cause);
-            self.poisoned = Some(Fault::new(Code::FlushFailed, self.thing(), cause, "it must be opened again: restart the agent"));
+            self.poisoned =
+                Some(Fault::new(Code::FlushFailed, self.thing(), cause, "it must be opened again: restart the agent"));
         }
         result
     }

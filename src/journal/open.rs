@@ -41,7 +41,12 @@ impl Journal {
     /// Errors: `IDENTITY_CHANGED` when the ring is another group's or has another length than it was made with,
     /// `VERSION_MISMATCH` when a newer program wrote it, `CORRUPT` when neither superblock can be read, `BAD_ARGUMENT` when the
     /// ring is too small, `IO_ERROR`. A missing generation is no error of the call but [`Recovered::corrupt`].
-    pub fn open(group: GroupId, mut ring: Box<dyn Storage>, mut overflow: Box<dyn Overflow>, applied: Position) -> Res<(Journal, Recovered)> {
+    pub fn open(
+        group: GroupId,
+        mut ring: Box<dyn Storage>,
+        mut overflow: Box<dyn Overflow>,
+        applied: Position,
+    ) -> Res<(Journal, Recovered)> {
         if ring.len_bytes() < RING_START + 3 * BLOCK {
             let cause = format!("{} bytes are too few for a ring", ring.len_bytes());
             return Err(Fault::new(Code::BadArgument, format!("the journal of group {group}"), cause, "give it at least 64 KiB"));
@@ -132,7 +137,12 @@ impl Journal {
     }
 
     fn fault(&self, cause: String) -> Fault {
-        Fault::new(Code::Corrupt, self.thing(), cause, "apply what is intact, then compare the volumes in full: run `doublure sync`")
+        Fault::new(
+            Code::Corrupt,
+            self.thing(),
+            cause,
+            "apply what is intact, then compare the volumes in full: run `doublure sync`",
+        )
     }
 
     /// Returns what was found, and those kept whose own COMMIT is not there.
@@ -166,7 +176,8 @@ impl Journal {
             };
             let Candidate { head, base } = candidate;
             if decision == Decision::Corrupt {
-                recovered.corrupt = Some(self.fault(format!("generation {} was committed and its bytes are damaged", head.position)));
+                recovered.corrupt =
+                    Some(self.fault(format!("generation {} was committed and its bytes are damaged", head.position)));
                 break;
             }
             let held = Held { sealed: Sealed::of(&head), base, released: decision == Decision::Pass };
@@ -245,7 +256,12 @@ impl Journal {
 
     /// What is said when no place continues the chain.
     fn end(
-        &mut self, applied: Position, damaged: bool, marks: &[Commit], dropped: Vec<(Decision, Candidate)>, recovered: &mut Recovered,
+        &mut self,
+        applied: Position,
+        damaged: bool,
+        marks: &[Commit],
+        dropped: Vec<(Decision, Candidate)>,
+        recovered: &mut Recovered,
     ) -> Res<()> {
         let mut last = marks.iter().map(|mark| mark.position).max();
         for base in self.places().into_iter().filter(|base| matches!(base, Base::File(_))) {
@@ -267,7 +283,9 @@ impl Journal {
             Ending::Whole => {
                 for (decision, Candidate { head, base }) in dropped {
                     let why = match decision {
-                        Decision::DropUnkept => "it was not committed, and the disk has not kept its payload although it flushed it",
+                        Decision::DropUnkept => {
+                            "it was not committed, and the disk has not kept its payload although it flushed it"
+                        }
                         _ => "it was not committed",
                     };
                     recovered.dropped.push(format!("generation {}: {why}", head.position));
@@ -337,7 +355,9 @@ fn superblock(ring: &dyn Storage, slot: u64, group: GroupId, block: &mut Aligned
             let cause = format!("the ring was made with {} bytes and has {} now", superblock.ring_bytes, ring.len_bytes());
             Err(Fault::new(Code::IdentityChanged, thing, cause, "put the file back as it was"))
         }
-        Found::Whole(superblock) if superblock.tail < RING_START || superblock.tail % BLOCK != 0 || superblock.tail >= ring.len_bytes() => {
+        Found::Whole(superblock)
+            if superblock.tail < RING_START || superblock.tail % BLOCK != 0 || superblock.tail >= ring.len_bytes() =>
+        {
             Ok(Found::Damaged)
         }
         _ => Ok(found),

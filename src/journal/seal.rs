@@ -66,7 +66,12 @@ impl Journal {
         if arrived != (payload_bytes, payload_digest) {
             self.drop_open();
             let cause = format!("{} bytes arrived and they are not the {payload_bytes} bytes that were sent", arrived.0);
-            return Err(Fault::new(Code::Corrupt, format!("generation {}", head.position), cause, "it is dropped and sent again"));
+            return Err(Fault::new(
+                Code::Corrupt,
+                format!("generation {}", head.position),
+                cause,
+                "it is dropped and sent again",
+            ));
         }
         for step in self.order {
             if let Err(fault) = self.step(*step, base, &head) {

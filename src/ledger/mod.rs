@@ -102,7 +102,13 @@ impl Ledger {
         storage.flush()?;
         let slots = [read_slot(&*storage, 0)?, read_slot(&*storage, 1)?];
         let (sequence, current) = match slots {
-            [Slot::Valid(a, record), Slot::Valid(b, newer)] => if b > a { (b, Some(*newer)) } else { (a, Some(*record)) },
+            [Slot::Valid(a, record), Slot::Valid(b, newer)] => {
+                if b > a {
+                    (b, Some(*newer))
+                } else {
+                    (a, Some(*record))
+                }
+            }
             [Slot::Valid(sequence, record), _] | [_, Slot::Valid(sequence, record)] => (sequence, Some(*record)),
             [Slot::Blank | Slot::Damaged, Slot::Blank] => (0, None),
             [_, Slot::Damaged] => {
@@ -137,7 +143,12 @@ impl Ledger {
         let mut copy = self.current.clone();
         edit(&mut copy)?;
         let Some(record) = copy else {
-            return Err(Fault::new(Code::BadArgument, "the ledger", "an edit took the record away", "remove the ledger's file instead"));
+            return Err(Fault::new(
+                Code::BadArgument,
+                "the ledger",
+                "an edit took the record away",
+                "remove the ledger's file instead",
+            ));
         };
         let first = self.sequence == 0;
         let mut written = self.write(&record);
@@ -148,7 +159,8 @@ impl Ledger {
             // A record that is too long never reached the storage.
             if fault.code != Code::BadArgument {
                 let cause = format!("what it holds is in doubt after: {}", fault.cause);
-                self.poisoned = Some(Fault::new(Code::FlushFailed, "the ledger", cause, "it must be opened again: restart the agent"));
+                self.poisoned =
+                    Some(Fault::new(Code::FlushFailed, "the ledger", cause, "it must be opened again: restart the agent"));
             }
             return Err(fault);
         }
@@ -178,7 +190,12 @@ impl Ledger {
                 self.sequence = sequence;
                 Ok(())
             }
-            _ => Err(Fault::new(Code::Corrupt, "the ledger", "its disk gives back other bytes than were written", "replace the disk")),
+            _ => Err(Fault::new(
+                Code::Corrupt,
+                "the ledger",
+                "its disk gives back other bytes than were written",
+                "replace the disk",
+            )),
         }
     }
 }
@@ -207,7 +224,12 @@ fn read_copy(storage: &dyn Storage, offset: u64, room: u64) -> Res<Slot> {
         Found::Whole(_) | Found::Damaged => return Ok(Slot::Damaged),
         Found::Newer(version) => {
             let cause = format!("it is of version {version}, which this program does not know");
-            return Err(Fault::new(Code::VersionMismatch, "the ledger", cause, "start the version that wrote it, or a later one"));
+            return Err(Fault::new(
+                Code::VersionMismatch,
+                "the ledger",
+                cause,
+                "start the version that wrote it, or a later one",
+            ));
         }
     };
     let len = head.record_bytes as usize;
