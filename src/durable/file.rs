@@ -1,8 +1,8 @@
 //! A preallocated file as storage: direct I/O, so that what is read comes from the medium and not from memory.
 
+use crate::durable::Storage;
 use crate::durable::aligned::{ALIGN_BYTES, AlignedBuf};
 use crate::durable::names::{dir_of, flush_dir, temporary};
-use crate::durable::Storage;
 use crate::model::{Code, Fault, Res};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
