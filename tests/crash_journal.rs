@@ -263,7 +263,7 @@ impl Explorer<'_> {
             });
             wrong.map_or(Ok(()), |wrong| Err(format!("after a crash in recovery: {wrong}")))?;
         }
-        if self.states % 16 == 0 && recovered.corrupt.is_none() {
+        if self.states.is_multiple_of(16) && recovered.corrupt.is_none() {
             let (parent, parent_digest) = journal.tip();
             let position = Position { epoch: 2, generation: parent.generation + 1 };
             let mut payload = Vec::new();
@@ -303,7 +303,7 @@ fn explore_log(standby: &Standby, stride: u64, limits: Limits) -> Result<u64, St
     let (mut wrong, mut place, mut known) = (None, usize::MAX, Known::default());
     crash_states(&Disks::new(), &log, limits, &mut |at, disks| {
         shown += 1;
-        if wrong.is_some() || shown % stride != 0 || !disks.contains_key("ring") {
+        if wrong.is_some() || !shown.is_multiple_of(stride) || !disks.contains_key("ring") {
             return;
         }
         if at != place {

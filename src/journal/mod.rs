@@ -507,7 +507,7 @@ impl Journal {
     /// 1. write the older superblock slot  2. flush  3. only then reuse the room, and remove overflow files.
     fn advance(&mut self, rebase: Option<(Position, Digest)>) -> Res<()> {
         let count = self.held.iter().take_while(|held| held.released).count();
-        let last = self.held.iter().take(count).last().map(|held| (held.sealed.position, held.sealed.digest));
+        let last = self.held.iter().take(count).next_back().map(|held| (held.sealed.position, held.sealed.digest));
         let floor = rebase.or(last).unwrap_or(self.floor);
         let held = self.held.iter().skip(count).find_map(Held::extent).map(|(from, _)| from);
         let open = self.open.as_ref().and_then(|open| match open.base {
