@@ -127,7 +127,18 @@ impl Agent {
         std::thread::Builder::new()
             .name(format!("ship-{}", group.name))
             .spawn(move || {
-                primary::run(agent, group.clone(), commands);
+                let work = std::panic::AssertUnwindSafe(|| primary::run(agent, group.clone(), commands));
+                if std::panic::catch_unwind(work).is_err() {
+                    // An assertion of ours is broken: this group's shipping stops, its bits and data stay (S12).
+                    let fault =
+                        Fault::internal(format!("group {}", group.name), "its shipping thread broke an assertion and stopped");
+                    group.with_live(|live| {
+                        live.connected = false;
+                        live.in_sync = false;
+                        live.state = format!("stopped: {fault}");
+                        live.fault(fault);
+                    });
+                }
                 *lock(&group.commands) = None;
             })
             .map(drop)

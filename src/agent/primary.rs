@@ -6,6 +6,7 @@ use crate::agent::group::{Command, Group, SyncWaiter};
 use crate::agent::live::Progress;
 use crate::agent::wire::Wire;
 use crate::cut;
+use crate::delta::RECORD_HEADER_BYTES;
 use crate::device;
 use crate::device::DeviceFile;
 use crate::device::Engine;
@@ -70,6 +71,8 @@ struct Primary {
     known_counts: bool,
     waiters: Vec<SyncWaiter>,
     recipe_looked: Instant,
+    /// Grows when a transfer outgrew what was announced, and is 1 again once one went through.
+    room_factor: u64,
 }
 
 /// Why the loop ended without a fault.
@@ -198,6 +201,7 @@ impl Primary {
             known_counts,
             waiters: Vec::new(),
             recipe_looked: Instant::now(),
+            room_factor: 1,
         })
     }
 
@@ -477,7 +481,14 @@ impl Primary {
             freeze_deadline: self.agent.settings.freeze_deadline,
             cut_max_bytes: self.agent.settings.cut_max_bytes,
         };
-        let mut rounds = Rounds { open: false, sent: Sent::default(), segments: VecDeque::new(), since_segment: 0 };
+        let mut rounds = Rounds {
+            open: false,
+            bound: 0,
+            payload_bytes: 0,
+            sent: Sent::default(),
+            segments: VecDeque::new(),
+            since_segment: 0,
+        };
         if dirty_bytes > limits.cut_max_bytes || landing == Landing::Direct {
             self.rounds(wire, &mut rounds, position, landing, dirty_bytes, limits)?;
         }
@@ -536,6 +547,7 @@ impl Primary {
         drop(cut);
         let pending = Pending { position, cut_at, began: began.min(cut_began), pieces, sent: encoder.sent, begun: false };
         if rounds.open {
+            self.check_room(&rounds, pending.pieces.iter().map(|p| p.len() as u64).sum())?;
             for piece in &pending.pieces {
                 self.send_piece(wire, piece.clone())?;
             }
@@ -640,6 +652,7 @@ impl Primary {
             }
         };
         self.agent.tracker()?.release(self.spec.id, &receipt)?;
+        self.room_factor = 1;
         sent.believe(&mut self.known)?;
         self.group.with_live(|live| {
             live.counters.generations += 1;
@@ -652,13 +665,29 @@ impl Primary {
 
     /// An upper bound of a transfer with rounds: what is dirty now, a quarter more for what is written meanwhile, and room.
     fn bound(&self, dirty_bytes: u64) -> u64 {
-        dirty_bytes + dirty_bytes / 4 + (dirty_bytes / BLOCK_BYTES) * 32 + 2 * self.agent.settings.cut_max_bytes + (64 << 20)
+        let room = dirty_bytes / 4 + (dirty_bytes / BLOCK_BYTES) * 32 + 2 * self.agent.settings.cut_max_bytes + (64 << 20);
+        dirty_bytes + room * self.room_factor
+    }
+
+    /// A transfer with rounds may not outgrow what was announced: it is begun again with more room.
+    fn check_room(&mut self, rounds: &Rounds, more_bytes: u64) -> Res<()> {
+        if rounds.payload_bytes + more_bytes <= rounds.bound {
+            return Ok(());
+        }
+        self.room_factor = (self.room_factor * 4).min(1 << 20);
+        Err(Fault::new(
+            Code::CutNotExact,
+            format!("group {}", self.group.name),
+            "more was written during the transfer than was announced",
+            "it is begun again by itself, with more room",
+        ))
     }
 
     fn begin(&mut self, wire: &mut Wire, rounds: &mut Rounds, position: Position, landing: Landing, bound: u64) -> Res<()> {
         let message = wire.sender.begin(position, landing, bound)?;
         wire.send(&message)?;
         rounds.open = true;
+        rounds.bound = bound;
         Ok(())
     }
 
@@ -704,8 +733,8 @@ impl Primary {
         for index in 0..self.volumes.len() {
             let taken = self.agent.tracker()?.taken(self.spec.volumes[index].id)?;
             let changed = taken.count() * BLOCK_BYTES;
+            self.check_room(rounds, changed + changed / BLOCK_BYTES * RECORD_HEADER_BYTES as u64)?;
             let mut encoder = Encoder::default();
-            let mut ready: Vec<Vec<u8>> = Vec::new();
             let Primary { engine, volumes, known, group, .. } = self;
             let read = reader::read(engine.as_mut(), &volumes[index].image, &taken, &mut |run, bytes| {
                 done += bytes.len() as u64;
@@ -713,6 +742,7 @@ impl Primary {
                     let sent_bytes = piece.len() as u64;
                     wire.payload(piece)?;
                     rounds.since_segment += sent_bytes;
+                    rounds.payload_bytes += sent_bytes;
                     group.with_live(|live| {
                         live.counters.bytes_sent += sent_bytes;
                         live.progress = Some(Progress { what: live.state.clone(), done, total: total.max(done) });
@@ -725,11 +755,8 @@ impl Primary {
             })?;
             let last = encoder.take();
             if !last.is_empty() {
-                ready.push(last);
-            }
-            for piece in ready {
-                rounds.since_segment += piece.len() as u64;
-                self.send_piece(wire, piece)?;
+                rounds.payload_bytes += last.len() as u64;
+                self.send_piece(wire, last)?;
             }
             match landing {
                 Landing::Direct => rounds.segment(wire, encoder.sent, &mut self.known)?,
@@ -860,6 +887,9 @@ fn recipes(spec: &GroupSpec) -> Vec<(String, serde_json::Value)> {
 /// A transfer with rounds.
 struct Rounds {
     open: bool,
+    /// Payload announced and sent, in bytes.
+    bound: u64,
+    payload_bytes: u64,
     sent: Sent,
     segments: VecDeque<(u64, Sent)>,
     since_segment: u64,

@@ -154,6 +154,13 @@ fn open_journal(agent: &Agent, group: &Group, record: &Record) -> Res<(Journal, 
     for words in recovered.dropped {
         tracing::info!(group = %group.name, "journal: {words}");
     }
+    if recovered.flush_not_kept {
+        tracing::error!(group = %group.name, "journal: this disk does not keep what it flushes; its write cache is not to be trusted");
+    }
+    // Something acknowledged cannot be had any more. The replica may hold a part of it, so nothing here is promoted or built upon.
+    if let Some(fault) = recovered.corrupt {
+        return Err(fault);
+    }
     Ok((journal, recovered.sealed))
 }
 
@@ -207,8 +214,9 @@ fn greet(agent: &Arc<Agent>, channel: &mut Channel, receiver: &mut Receiver) -> 
                 return Err(Fault::protocol("a group that is not known here was not defined first"));
             };
             let group = define_new(agent, channel.peer(), id, epoch, &spec)?;
+            let mine = group.connection.fetch_add(1, Ordering::SeqCst) + 1;
             channel.send(&Message::Defined)?;
-            converse(agent, &group, channel, receiver, epoch)
+            converse(agent, &group, channel, receiver, mine)
         }
         (_, None) => Err(Fault::new(
             Code::GroupUnknown,
@@ -221,9 +229,12 @@ fn greet(agent: &Arc<Agent>, channel: &mut Channel, receiver: &mut Receiver) -> 
 
 fn welcome_of(group: &Group) -> Res<Standing> {
     let record = group.record()?;
-    let standby = lock(&group.standby);
-    Ok(match &*standby {
-        Some(standby) => standby.standing(&record),
+    Ok(standing_of(&record, lock(&group.standby).as_ref()))
+}
+
+fn standing_of(record: &Record, standby: Option<&Standby>) -> Standing {
+    match standby {
+        Some(standby) => standby.standing(record),
         None => Standing {
             role: record.role,
             epoch: record.epoch,
@@ -233,7 +244,7 @@ fn welcome_of(group: &Group) -> Res<Standing> {
             syncing: record.syncing,
             defined: true,
         },
-    })
+    }
 }
 
 fn answer(channel: &mut Channel, receiver: &mut Receiver, standing: Standing) -> Res<()> {
@@ -324,18 +335,21 @@ fn whole(file: &DeviceFile) -> crate::model::ByteRun {
 
 fn replicate(agent: &Arc<Agent>, group: &Arc<Group>, channel: &mut Channel, receiver: &mut Receiver, epoch: u64) -> Res<()> {
     let record = group.record()?;
-    let open = match (&mut *lock(&group.standby), record.role) {
-        (Some(standby), Role::Standby) => standby.open.take(),
-        _ => None,
-    };
-    if record.role == Role::Standby && lock(&group.standby).is_none() {
-        let opened = Standby::open(agent, group)?;
-        *lock(&group.standby) = Some(opened);
+    let mut guard = lock(&group.standby);
+    if record.role == Role::Standby && guard.is_none() {
+        *guard = Some(Standby::open(agent, group)?);
     }
-    let standing = welcome_of_with(group, open.is_some())?;
-    if let Some(open) = open {
+    // From here on an older connection's messages are refused, so that the standing said below stays true: without this, an `End`
+    // that still waits in its inbox could commit a generation after the primary was told of the one before.
+    let mine = group.connection.fetch_add(1, Ordering::SeqCst) + 1;
+    let mut standing = standing_of(&record, guard.as_ref());
+    if let (Some(standby), Role::Standby) = (guard.as_mut(), record.role)
+        && let Some(open) = standby.open.take()
+    {
+        standing.open = standby.journal.open_generation();
         receiver.adopt(open);
     }
+    drop(guard);
     channel.send(&receiver.welcome(standing, agent.settings.credit_bytes))?;
     // The standing above says whether this is refused; only after that may the hello's epoch count.
     if record.role == Role::Standby && epoch > record.epoch {
@@ -344,56 +358,43 @@ fn replicate(agent: &Arc<Agent>, group: &Arc<Group>, channel: &mut Channel, rece
             Ok(())
         })?;
     }
-    converse(agent, group, channel, receiver, epoch)
+    converse(agent, group, channel, receiver, mine)
 }
 
-fn welcome_of_with(group: &Group, open: bool) -> Res<Standing> {
-    let mut standing = welcome_of(group)?;
-    if open && let Some(standby) = &*lock(&group.standby) {
-        standing.open = standby.journal.open_generation();
-    }
-    Ok(standing)
+fn superseded() -> Fault {
+    let next = "nothing is to be done";
+    Fault::new(Code::PeerUnreachable, "this connection", "a newer one, or a failover, has taken its place", next)
 }
 
-/// The conversation proper. A newer connection of the same primary ends this one.
-fn converse(agent: &Arc<Agent>, group: &Arc<Group>, channel: &mut Channel, receiver: &mut Receiver, _epoch: u64) -> Res<()> {
-    let mine = group.connection.fetch_add(1, Ordering::SeqCst) + 1;
+/// The conversation proper, of the connection with the number `mine`. A newer connection of the same primary ends this one.
+fn converse(agent: &Arc<Agent>, group: &Arc<Group>, channel: &mut Channel, receiver: &mut Receiver, mine: u64) -> Res<()> {
     group.with_live(|live| live.connected = true);
     let outcome = (|| {
         let mut silent = Duration::ZERO;
         loop {
             let step = Duration::from_millis(500);
             let message = channel.recv(step)?;
-            let newest = group.connection.load(Ordering::SeqCst) == mine;
-            if !newest {
-                return Err(Fault::new(
-                    Code::PeerUnreachable,
-                    "this connection",
-                    "a newer one has taken its place",
-                    "nothing is to be done",
-                ));
+            if group.connection.load(Ordering::SeqCst) != mine {
+                return Err(superseded());
             }
             let Some(message) = message else {
                 silent += step;
                 if silent > SILENCE_MAX {
-                    return Err(Fault::new(
-                        Code::PeerUnreachable,
-                        "the primary",
-                        "it has been silent too long",
-                        "it connects again by itself",
-                    ));
+                    let next = "it connects again by itself";
+                    return Err(Fault::new(Code::PeerUnreachable, "the primary", "it has been silent too long", next));
                 }
                 continue;
             };
             silent = Duration::ZERO;
             let action = receiver.on_message(message)?;
-            act(agent, group, channel, receiver, action)?;
+            act(agent, group, channel, receiver, action, mine)?;
         }
     })();
+    let mut guard = lock(&group.standby);
     if group.connection.load(Ordering::SeqCst) == mine {
         group.with_live(|live| live.connected = false);
         // A journalled generation that was broken off is kept: its beginning need not be sent again.
-        if let Some(standby) = &mut *lock(&group.standby) {
+        if let Some(standby) = &mut *guard {
             standby.open = std::mem::replace(receiver, Receiver::new(&agent.settings.host)).into_open();
         }
     }
@@ -406,8 +407,13 @@ fn act(
     channel: &mut Channel,
     receiver: &mut Receiver,
     action: ReceiverAction,
+    mine: u64,
 ) -> Res<()> {
     let mut guard = lock(&group.standby);
+    // Looked at again under the lock: whoever takes this connection's place does so under it.
+    if group.connection.load(Ordering::SeqCst) != mine {
+        return Err(superseded());
+    }
     let standby = guard.as_mut().ok_or_else(|| {
         Fault::new(
             Code::WrongRole,

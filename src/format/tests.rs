@@ -87,10 +87,8 @@ fn message() -> impl Strategy<Value = Message> {
         prop::option::of(any::<u64>()).prop_map(|from_byte| Message::ImageWanted { from_byte }),
         bytes(300).prop_map(|bytes| Message::ImageBytes { bytes }),
         fault().prop_map(|fault| Message::Refused { fault }),
-        (any::<u64>(), any::<u64>(), any::<u64>()).prop_map(|(epoch, generation, at)| Message::Unchanged {
-            position: Position { epoch, generation },
-            at: Moment(at),
-        }),
+        (any::<u64>(), any::<u64>(), any::<u64>())
+            .prop_map(|(epoch, generation, at)| Message::Unchanged { position: Position { epoch, generation }, at: Moment(at) }),
         prop::sample::select(vec![Message::Defined, Message::ImageEnd, Message::ImageReady, Message::Ping, Message::Pong]),
     ]
 }

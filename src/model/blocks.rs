@@ -173,7 +173,7 @@ impl Iterator for Runs<'_> {
                 break;
             }
         }
-        end = end.min(start + self.max);
+        end = end.min(start.saturating_add(self.max));
         self.at = end;
         Some(BlockRun { start, count: end - start })
     }
@@ -203,6 +203,10 @@ mod tests {
                 seen.extend(run.start..run.end());
             }
             prop_assert_eq!(seen, naive.into_iter().collect::<Vec<_>>());
+            // Without a bound, each run is as long as it can be, wherever it starts.
+            let whole: Vec<BlockRun> = set.runs(u64::MAX).collect();
+            prop_assert!(whole.windows(2).all(|pair| pair[0].end() < pair[1].start));
+            prop_assert_eq!(whole.iter().map(|run| run.count).sum::<u64>(), set.count());
             prop_assert_eq!(BlockSet::from_words(set.words().to_vec(), blocks), set);
         }
     }
