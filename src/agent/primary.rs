@@ -252,7 +252,8 @@ impl Primary {
             pending: base.pending,
         };
         let step = footing(&grounds, &standing)?;
-        tracing::info!(group = %self.group.name, ?step, tip = %standing.tip, "connected");
+        let (tip, acked, maybe) = (standing.tip, base.acked.0, base.pending.0);
+        tracing::info!(group = %self.group.name, ?step, %tip, %acked, %maybe, grounds.bits_count, grounds.known_counts, "connected");
         self.keep_or_drop_pending(&step, &standing)?;
         let mut tip = (standing.tip, standing.tip_digest);
         let mut landing = Landing::Journal;

@@ -37,9 +37,13 @@ impl Wire {
         }
     }
 
-    /// Sends a message as it is.
+    /// Sends a message as it is. When the peer has hung up, its reason may have arrived before: that is the better answer.
     pub fn send(&mut self, message: &Message) -> Res<()> {
-        self.channel.send(message)
+        let Err(broken) = self.channel.send(message) else { return Ok(()) };
+        while let Ok(Some(message)) = self.channel.recv(Duration::from_millis(500)) {
+            self.sender.on_message(message)?;
+        }
+        Err(broken)
     }
 
     /// Takes what has arrived, waiting at most `patience` for the first message.

@@ -164,6 +164,8 @@ impl Tracker {
     /// Begins a new phase for the group: bits that were taken before are held until a receipt, then one store and one grace
     /// period; after it every earlier write has its bit in the taken half or in the held region. Error: `GROUP_UNKNOWN`.
     ///
+    /// Before that, each volume whose completions were not all seen takes what has no receipt once more (see `witness`).
+    ///
     /// Why a death between any two steps loses no bit:
     /// 1. *Hold*: every bit of the taken half is set in the held region too. Died before the end: the taken half still has
     ///    all of its bits, and the next flip begins here again.
@@ -199,6 +201,7 @@ impl Tracker {
         let phase = self.kernel.phase(slot);
         let active = u64::from(phase) % HALVES;
         let taken = (active + 1) % HALVES;
+        let before = self.answer_lost_completions(group, active)?;
         let members = self.members(group);
         if steps >= 1 {
             members.iter().for_each(|volume| volume.halves.give_back(taken, HELD));
@@ -211,6 +214,7 @@ impl Tracker {
         }
         if steps >= 4 {
             self.grace_period()?;
+            self.begin_anew_in_quiet(before)?;
         }
         Ok(())
     }
@@ -256,7 +260,8 @@ impl Tracker {
     /// Errors: `GROUP_UNKNOWN`; `CHAIN_BROKEN` when the receipt is not that of `base.pending`.
     ///
     /// 1. The base is written: acked = the receipt's, pending = none.
-    /// 2. The taken halves and held regions are cleared.
+    /// 2. Whether anything was in flight at the generation's flip is noted.
+    /// 3. The taken halves and held regions are cleared.
     ///
     /// Died in between, the bits are still there and are sent once more, on top of a base that is true. In the other order a
     /// death would leave a base that is older than the bits: changes between the two would be in neither.
@@ -270,8 +275,11 @@ impl Tracker {
         note.base = Base { acked: note.base.pending, pending: Default::default() };
         self.kernel.set_group_record(slot, &note.to_record())?;
         if same_flip {
-            for volume in self.members(group).into_iter().filter(|volume| volume.claimed) {
-                volume.halves.clear(self.taken_half(volume)?);
+            let taken = u64::from(self.kernel.phase(slot).wrapping_add(1)) % HALVES;
+            for volume in self.volumes.values_mut().filter(|volume| volume.claimed && volume.note.group == group) {
+                volume.note.cut_settled = volume.note.flip_settled;
+                self.kernel.set_volume_record(volume.slot, &volume.note.to_record())?;
+                volume.halves.clear(taken);
                 volume.halves.clear(HELD);
             }
         }
@@ -332,7 +340,7 @@ impl Tracker {
             let Ok(disk) = Disk::find(identity.major, identity.minor) else { continue };
             let reading = self.beginning(slot, &disk)?;
             let known = self.volume_mut(id)?;
-            known.note.take(&reading);
+            known.note.trust(&reading);
             let record = known.note.to_record();
             self.kernel.set_volume_record(slot, &record)?;
         }
@@ -409,6 +417,10 @@ impl Tracker {
             stat_sectors: 0,
             counts: Default::default(),
             quiet: false,
+            answered: 0,
+            flip_settled: false,
+            cut_settled: false,
+            loose: false,
         };
         self.kernel.set_volume_record(slot, &note.to_record())?;
         // 3. Bits and counters, all zero.
@@ -428,7 +440,7 @@ impl Tracker {
         self.kernel.set_target(device_key(device), target)?;
         // 5. Programs that looked the disk up before have ended; the accounts begin.
         self.grace_period()?;
-        note.take(&self.beginning(slot, disk)?);
+        note.trust(&self.beginning(slot, disk)?);
         // 6. The note is live.
         note.stage = Stage::Live;
         self.kernel.set_volume_record(slot, &note.to_record())?;
@@ -481,7 +493,11 @@ impl Tracker {
         let links = self.kernel.links();
         let now = self.reading(known.slot, &disk)?;
         let detached = witness::broken_kinds(&then, &then, &links);
-        let skipped = witness::broken_kinds(&then, &misses, &links);
+        let mut skipped = witness::broken_kinds(&then, &misses, &links);
+        if disk.keeps_account() {
+            // Completions that were skipped are found by the kernel's account, and answered by the next flip.
+            skipped.retain(|kind| *kind != "complete");
+        }
         if !detached.is_empty() {
             reasons.push(format!("no program of kind {} is attached any more (restart the agent)", detached.join(" and ")));
         } else if !skipped.is_empty() && !witness::proved_whole(&known.note.reading(), &now) {
@@ -491,7 +507,68 @@ impl Tracker {
             ));
         }
         reasons.extend(witness::accounts_differ(&known.note.reading(), &now));
+        if known.note.loose {
+            reasons.push("the completion of a write that may have been in flight over a cut was not seen".to_owned());
+        }
         Ok(reasons)
+    }
+
+    /// Looks for completions that no program saw. Where some are missing, everything without a receipt goes back to the
+    /// active half, which the flip then takes: 1 the bits, 2 the note that says they were answered (died in between, they
+    /// are answered twice). Gives the readings of the volumes whose accounts did not begin in quiet.
+    fn answer_lost_completions(&mut self, group: GroupId, active: u64) -> Res<Vec<(VolumeId, Reading)>> {
+        let mut not_quiet = Vec::new();
+        let ids: Vec<VolumeId> =
+            self.volumes.iter().filter(|(_, v)| v.claimed && v.note.group == group).map(|(id, _)| *id).collect();
+        for id in ids {
+            let known = self.volume(id)?;
+            // A disk that is gone or another one is for `doubts` to name.
+            let Ok(disk) = Disk::find(known.note.identity.major, known.note.identity.minor) else { continue };
+            if disk.difference(&known.note.identity).is_some() {
+                continue;
+            }
+            let now = self.reading(known.slot, &disk)?;
+            let witness::Completions { lost, settled } = witness::completions(&known.note.reading(), known.note.answered, &now);
+            if lost > 0 {
+                tracing::info!(volume = %id, sectors = lost, "completions were not seen: what has no receipt is taken once more");
+                known.halves.give_back(HELD, active);
+                known.halves.give_back((active + 1) % HALVES, active);
+            }
+            let known = self.volume_mut(id)?;
+            let was = known.note.clone();
+            known.note.loose |= lost > 0 && !known.note.cut_settled;
+            known.note.answered += lost;
+            known.note.flip_settled = settled;
+            if settled {
+                known.note.take(&now);
+            } else if !known.note.quiet {
+                not_quiet.push((id, now));
+            }
+            let (slot, note) = (known.slot, &known.note);
+            if *note != was {
+                let record = note.to_record();
+                self.kernel.set_volume_record(slot, &record)?;
+            }
+        }
+        Ok(not_quiet)
+    }
+
+    /// A volume whose accounts began while it was written cannot show that nothing is in flight. When it stood still for the
+    /// whole of a flip (a freeze, usually), its accounts begin anew.
+    fn begin_anew_in_quiet(&mut self, before: Vec<(VolumeId, Reading)>) -> Res<()> {
+        for (id, then) in before {
+            let known = self.volume(id)?;
+            let Ok(disk) = Disk::find(known.note.identity.major, known.note.identity.minor) else { continue };
+            let (slot, now) = (known.slot, self.reading(known.slot, &disk)?);
+            if then.quiet && then == now && disk.is_idle() {
+                let known = self.volume_mut(id)?;
+                known.note.take(&now);
+                known.note.flip_settled = true;
+                let record = known.note.to_record();
+                self.kernel.set_volume_record(slot, &record)?;
+            }
+        }
+        Ok(())
     }
 
     /// Whether both accounts of every volume of the group are equal at this moment.
@@ -521,7 +598,7 @@ impl Tracker {
             let counts = self.kernel.counts(slot)?;
             std::thread::sleep(SETTLE);
             let stat_sectors = disk.sectors_changed()?;
-            reading = Reading { stat_sectors, counts, quiet: self.kernel.counts(slot)? == counts };
+            reading = Reading { stat_sectors, counts, quiet: self.kernel.counts(slot)? == counts && disk.is_idle() };
             if reading.quiet {
                 break;
             }
@@ -531,8 +608,15 @@ impl Tracker {
 }
 
 impl VolumeNote {
+    /// The accounts are counted from this reading on; everything before is answered.
     fn take(&mut self, reading: &Reading) {
         (self.stat_sectors, self.counts, self.quiet) = (reading.stat_sectors, reading.counts, reading.quiet);
+        self.answered = 0;
+    }
+    /// The bits are trusted from this reading on.
+    fn trust(&mut self, reading: &Reading) {
+        self.take(reading);
+        (self.flip_settled, self.cut_settled, self.loose) = (false, reading.quiet, false);
     }
     fn reading(&self) -> Reading {
         Reading { stat_sectors: self.stat_sectors, counts: self.counts, quiet: self.quiet }

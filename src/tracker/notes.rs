@@ -75,6 +75,14 @@ pub(super) struct VolumeNote {
     pub counts: Counts,
     /// No write was under way while the two were read: they may be compared for equality.
     pub quiet: bool,
+    /// Sectors whose completions were lost since then, and were answered by taking blocks once more.
+    pub answered: u64,
+    /// Nothing was in flight at the last flip.
+    pub flip_settled: bool,
+    /// Nothing was in flight at the flip of the last generation with a receipt, or when counting began.
+    pub cut_settled: bool,
+    /// A completion was lost that may be that of a write in flight over a cut: the volume is in doubt.
+    pub loose: bool,
 }
 
 /// Writes fields one after the other.
@@ -161,7 +169,8 @@ impl VolumeNote {
         let pen = pen.numbers(&[u64::from(device.major), u64::from(device.minor), device.diskseq, device.size_bytes]);
         let counts = &self.counts;
         let pen = pen.numbers(&file).numbers(&[self.stat_sectors, u64::from(self.quiet)]).numbers(&counts.sectors);
-        pen.numbers(&[counts.unknown, counts.outside, counts.stale]).record
+        let pen = pen.numbers(&[counts.unknown, counts.outside, counts.stale, self.answered]);
+        pen.bytes(&[self.flip_settled, self.cut_settled, self.loose].map(u8::from)).record
     }
     /// From bytes; a free slot is `None`.
     pub(super) fn from_record(record: &Record) -> Option<VolumeNote> {
@@ -178,9 +187,12 @@ impl VolumeNote {
         let identity = DeviceIdentity { major: major as u32, minor: minor as u32, diskseq, size_bytes, backing };
         let (stat_sectors, quiet) = (eye.number(), eye.number() == 1);
         let sectors = eye.numbers();
-        let [unknown, outside, stale] = eye.numbers();
+        let [unknown, outside, stale, answered] = eye.numbers();
         let counts = Counts { sectors, unknown, outside, stale };
-        Some(VolumeNote { stage, id, group, identity, stat_sectors, counts, quiet })
+        let [flip_settled, cut_settled, loose] = eye.bytes().map(|byte: u8| byte == 1);
+        let account =
+            VolumeNote { stage, id, group, identity, stat_sectors, counts, quiet, answered, flip_settled, cut_settled, loose };
+        Some(account)
     }
 }
 
@@ -203,8 +215,19 @@ mod tests {
             for stage in [Stage::Building, Stage::Live] {
                 let identity = DeviceIdentity { major: 7, minor: 900, diskseq: 5, size_bytes: 1 << 44, backing: backing.clone() };
                 let counts = Counts { sectors: [1, 2, 3, u64::MAX], unknown: 5, outside: 6, stale: 7 };
-                let note =
-                    VolumeNote { stage, id: Uuid([1; 16]), group: Uuid([2; 16]), identity, stat_sectors: 8, counts, quiet: true };
+                let note = VolumeNote {
+                    stage,
+                    id: Uuid([1; 16]),
+                    group: Uuid([2; 16]),
+                    identity,
+                    stat_sectors: 8,
+                    counts,
+                    quiet: true,
+                    answered: 9,
+                    flip_settled: true,
+                    cut_settled: false,
+                    loose: true,
+                };
                 assert_eq!(VolumeNote::from_record(&note.to_record()), Some(note));
             }
         }

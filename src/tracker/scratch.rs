@@ -84,20 +84,33 @@ struct Expected {
     sectors: u64,
 }
 
+/// How often the test is run before completions that went by unseen count as blindness. A kernel may leave out tracing
+/// programs now and then in the context that an interrupt found; a flip answers that, a program that never sees them is broken.
+const TRIES: usize = 3;
+
 /// Runs the test; the scratch volume and its device are gone afterwards, whatever happened.
 pub(super) fn run(tracker: &mut Tracker, dir: &Path) -> Res<()> {
-    if tracker.volumes.contains_key(&SCRATCH) {
-        tracker.untrack(SCRATCH)?;
+    let mut short = None;
+    for _ in 0..TRIES {
+        if tracker.volumes.contains_key(&SCRATCH) {
+            tracker.untrack(SCRATCH)?;
+        }
+        let scratch = Scratch::attach(dir)?;
+        let outcome = test(tracker, &scratch);
+        if tracker.volumes.contains_key(&SCRATCH) {
+            tracker.untrack(SCRATCH)?;
+        }
+        short = outcome?;
+        match &short {
+            None => return Ok(()),
+            Some(words) => tracing::warn!("the tracker's self-test runs again: {words}"),
+        }
     }
-    let scratch = Scratch::attach(dir)?;
-    let outcome = test(tracker, &scratch);
-    if tracker.volumes.contains_key(&SCRATCH) {
-        tracker.untrack(SCRATCH)?;
-    }
-    outcome
+    Err(blind(short.unwrap_or_default()))
 }
 
-fn test(tracker: &mut Tracker, scratch: &Scratch) -> Res<()> {
+/// One run. Some = every block was seen, but not every completion, and in which program.
+fn test(tracker: &mut Tracker, scratch: &Scratch) -> Res<Option<String>> {
     match tracker.track(SCRATCH, SCRATCH, &scratch.identity()?)? {
         Continuity::Fresh => {}
         Continuity::Unbroken => return Err(Fault::internal("the self-test", "its new device was taken for an old one")),
@@ -123,10 +136,14 @@ fn test(tracker: &mut Tracker, scratch: &Scratch) -> Res<()> {
     let counts = tracker.kernel.counts(slot)?;
     // A skipped run is the kernel's right (that is why there are copies); it is counted, and then the copies may differ.
     let skipped = tracker.kernel.misses()? != misses;
+    let mut short = None;
     for (at, name) in NAMES.iter().enumerate() {
         let seen = counts.sectors[at];
-        if seen != sectors && !(skipped && 0 < seen && seen < sectors) {
-            return Err(blind(format!("program {name} counted {seen} of {sectors} sectors")));
+        let words = format!("program {name} counted {seen} of {sectors} sectors");
+        match seen == sectors || (skipped && 0 < seen && seen < sectors) {
+            true => {}
+            false if name.starts_with("complete") && seen < sectors => short = Some(words),
+            false => return Err(blind(words)),
         }
     }
     scratch.write_after_flip()?;
@@ -134,7 +151,7 @@ fn test(tracker: &mut Tracker, scratch: &Scratch) -> Res<()> {
     if tracker.active(SCRATCH)? != late || tracker.taken(SCRATCH)?.intersects(&late) {
         return Err(blind(format!("a write to block {LATE_BLOCK} after the flip is not in the active half alone")));
     }
-    Ok(())
+    Ok(short)
 }
 
 /// Written after the flip; nothing else touches it.

@@ -39,6 +39,14 @@ impl Disk {
         sectors_in(&text)
             .ok_or_else(|| Fault::internal(format!("statistics of {}", self.device()), format!("cannot be read: {text:?}")))
     }
+    /// Whether no request is with the driver now.
+    pub(super) fn is_idle(&self) -> bool {
+        self.word("inflight").is_some_and(|text| text.split_whitespace().all(|number| number == "0"))
+    }
+    /// Whether the kernel keeps the account that [`Disk::sectors_changed`] reads.
+    pub(super) fn keeps_account(&self) -> bool {
+        self.number("queue/iostats") != Some(0)
+    }
     /// Refuses a disk whose writes the programs would not all see, each kind with its own sentence.
     pub(super) fn check_trackable(&self) -> Res<()> {
         let refuse = |code, cause: &str, next: &str| Err(Fault::new(code, self.device(), cause, next));

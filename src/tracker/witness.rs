@@ -1,13 +1,18 @@
 //! Whether the bits count: what the programs counted, what they missed, and what the kernel's own statistics say.
 //!
-//! A bit is lost to a kind of program (submit, complete) only if every copy of the kind missed its bio, so while one
-//! copy's misses stand still the kind is whole. Misses are counted by the kernel for all disks of the host together:
-//! when all copies have moved, a volume may still be shown to be whole by equality: if everything that its disk has
-//! completed was counted by one copy of `complete` alone, nothing of this volume was missed by it, and its completion
-//! bits alone are enough (a write that completed after a read began is read again).
-//!
 //! `complete` counts in `block_rq_complete`, which fires just before the kernel adds the same bytes to the disk's
-//! statistics. So "statistics first, counters afterwards" may only ever show the counters ahead.
+//! statistics. So "statistics first, counters afterwards" may only ever show the counters ahead; where they are behind,
+//! completions went by unseen. That happens without any count of misses too (a kernel may run no tracing program at all
+//! in the context that an interrupt found), so the statistics, not the misses, decide about completions.
+//!
+//! What a lost completion costs. Its write was seen at submit, so its block was taken by the first flip after that. Only
+//! if the write was still in flight when the block was read is the copy old, and then the block is among those that were
+//! taken since the last receipt, unless the write was in flight over the very cut that the receipt was for. So a flip
+//! that finds completions missing takes everything without a receipt once more, and that is enough if nothing was in
+//! flight at the last cut. That nothing was is shown by equality: all that was submitted has been completed.
+//!
+//! A write that neither kind saw is lost for good: then the kernel's account is ahead of all programs', or every copy of
+//! `submit` was skipped; the volume is in doubt.
 
 use crate::tracker::notes::PROGRAMS;
 
@@ -30,9 +35,15 @@ pub(super) struct Counts {
 }
 
 impl Counts {
-    /// Sectors completed as the copy that saw most of them counted.
-    pub(super) fn completed(&self) -> u64 {
-        self.sectors[2].max(self.sectors[3])
+    /// Sectors completed as the copy that saw most of them counted, since `then`.
+    fn completed_since(&self, then: &Counts) -> u64 {
+        let since = |at: usize| self.sectors[at].wrapping_sub(then.sectors[at]);
+        since(2).max(since(3))
+    }
+    /// Sectors submitted as the copy that saw most of them counted, since `then`.
+    fn submitted_since(&self, then: &Counts) -> u64 {
+        let since = |at: usize| self.sectors[at].wrapping_sub(then.sectors[at]);
+        since(0).max(since(1))
     }
 }
 
@@ -67,7 +78,7 @@ pub(super) fn accounts_differ(then: &Reading, now: &Reading) -> Vec<String> {
         reasons.push(format!("{} writes went to another disk under the same number", is.stale.wrapping_sub(was.stale)));
     }
     let by_kernel = now.stat_sectors.wrapping_sub(then.stat_sectors);
-    let by_us = is.completed().wrapping_sub(was.completed());
+    let by_us = is.submitted_since(was).max(is.completed_since(was));
     if now.stat_sectors < then.stat_sectors {
         reasons.push("the kernel's statistics of the device began anew".to_owned());
     } else if by_kernel > by_us {
@@ -81,6 +92,24 @@ pub(super) fn proved_whole(then: &Reading, now: &Reading) -> bool {
     let by_kernel = now.stat_sectors.wrapping_sub(then.stat_sectors);
     let equal = |at: usize| now.counts.sectors[at].wrapping_sub(then.counts.sectors[at]) == by_kernel;
     then.quiet && now.quiet && now.stat_sectors >= then.stat_sectors && (equal(2) || equal(3))
+}
+
+/// What the accounts say about completions since `then`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Completions {
+    /// Sectors completed that no copy saw, beyond those already answered.
+    pub lost: u64,
+    /// All that was submitted since `then` has been completed: nothing is in flight.
+    pub settled: bool,
+}
+
+/// Completions since `then`, of which `answered` sectors are known to have been lost.
+pub(super) fn completions(then: &Reading, answered: u64, now: &Reading) -> Completions {
+    let by_kernel = now.stat_sectors.saturating_sub(then.stat_sectors);
+    let lost = by_kernel.saturating_sub(now.counts.completed_since(&then.counts)).saturating_sub(answered);
+    let all_known = now.counts.completed_since(&then.counts) + answered + lost == by_kernel;
+    let settled = then.quiet && now.quiet && all_known && now.counts.submitted_since(&then.counts) == by_kernel;
+    Completions { lost, settled }
 }
 
 #[cfg(test)]
@@ -104,12 +133,32 @@ mod tests {
 
     #[test]
     fn a_sector_that_only_the_kernel_saw_is_a_reason() {
-        let then = reading(100, [0, 0, 40, 50], true);
-        assert!(accounts_differ(&then, &reading(108, [8, 8, 48, 58], true)).is_empty());
-        assert!(accounts_differ(&then, &reading(108, [8, 8, 40, 58], true)).is_empty(), "one copy is enough");
-        assert!(accounts_differ(&then, &reading(108, [16, 16, 48, 66], true)).is_empty(), "the counters may be ahead");
-        assert_eq!(accounts_differ(&then, &reading(116, [8, 8, 48, 58], true)).len(), 1);
-        assert_eq!(accounts_differ(&then, &reading(99, [8, 8, 48, 58], true)).len(), 1, "the statistics went backwards");
+        let then = reading(100, [10, 10, 40, 50], true);
+        assert!(accounts_differ(&then, &reading(108, [18, 18, 48, 58], true)).is_empty());
+        assert!(accounts_differ(&then, &reading(108, [10, 10, 40, 58], true)).is_empty(), "one copy is enough");
+        assert!(accounts_differ(&then, &reading(108, [18, 10, 40, 50], true)).is_empty(), "of either kind");
+        assert!(accounts_differ(&then, &reading(108, [26, 26, 48, 66], true)).is_empty(), "the counters may be ahead");
+        assert_eq!(accounts_differ(&then, &reading(116, [18, 18, 48, 58], true)).len(), 1);
+        assert_eq!(accounts_differ(&then, &reading(99, [18, 18, 48, 58], true)).len(), 1, "the statistics went backwards");
+    }
+
+    #[test]
+    fn lost_completions_are_counted_once_and_nothing_in_flight_is_shown_by_equality() {
+        let then = reading(100, [10, 10, 40, 50], true);
+        let check = |answered, now| {
+            let Completions { lost, settled } = completions(&then, answered, &now);
+            (lost, settled)
+        };
+        assert_eq!(check(0, reading(124, [34, 34, 64, 74], true)), (0, true));
+        assert_eq!(check(0, reading(124, [34, 30, 64, 60], true)), (0, true), "one copy of each is enough");
+        assert_eq!(check(0, reading(124, [42, 42, 64, 74], true)), (0, false), "eight sectors in flight");
+        assert_eq!(check(0, reading(124, [34, 34, 64, 74], false)), (0, false), "the counters moved");
+        assert_eq!(check(0, reading(124, [34, 34, 56, 66], true)), (8, true), "eight went by unseen");
+        assert_eq!(check(8, reading(124, [34, 34, 56, 66], true)), (0, true), "and are not counted again");
+        assert_eq!(check(8, reading(132, [42, 42, 56, 66], true)), (8, true), "but others are");
+        assert_eq!(check(0, reading(116, [34, 34, 64, 74], true)), (0, false), "counted, and not yet in the statistics");
+        let busy = Reading { quiet: false, ..then };
+        assert!(!completions(&busy, 0, &reading(124, [34, 34, 64, 74], true)).settled);
     }
 
     #[test]
