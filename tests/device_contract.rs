@@ -1,5 +1,5 @@
 //! The contract of `device`, held by both engines on real files, with and without direct I/O, and by the RAM disk.
-#![allow(missing_docs)]
+#![allow(missing_docs, unsafe_code)]
 
 use doublure::device::double::RamDisk;
 use doublure::device::{DeviceFile, Engine, RUN_BYTES_MAX, engine};
@@ -151,6 +151,39 @@ fn each_engine_says_its_name_and_auto_gets_the_ring_where_there_is_one() {
     }
 }
 
+/// Lets io_uring_setup(2) fail in this thread, as a container's seccomp profile does.
+fn forbid_io_uring(errno: i32) {
+    let load_number = libc::sock_filter { code: 0x20, jt: 0, jf: 0, k: 0 };
+    let is_setup = libc::sock_filter { code: 0x15, jt: 0, jf: 1, k: libc::SYS_io_uring_setup as u32 };
+    let refuse = libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: libc::SECCOMP_RET_ERRNO | errno as u32 };
+    let allow = libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: libc::SECCOMP_RET_ALLOW };
+    let mut program = [load_number, is_setup, refuse, allow];
+    let program = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    // SAFETY: the filter is copied by the kernel and binds this thread alone.
+    unsafe {
+        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+        assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program), 0);
+    }
+}
+
+#[test]
+fn where_io_uring_is_refused_auto_reads_on_with_pread() {
+    for errno in [libc::EPERM, libc::ENOSYS] {
+        let refused = std::thread::spawn(move || {
+            forbid_io_uring(errno);
+            let fault = engine(EngineKind::IoUring, 8).err().unwrap();
+            assert_eq!(fault.code, Code::KernelUnsupported, "{fault}");
+            let mut engine = engine(EngineKind::Auto, 8).unwrap();
+            let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+            let file = DeviceFile::create(&dir.path().join("image"), 8192).unwrap();
+            write_all(&mut *engine, &file, &[(run(4096, 4096), 3)]).unwrap();
+            assert_eq!(read_all(&mut *engine, &file, &[run(4096, 512)]).unwrap()[0].1, [3; 512]);
+            engine.name()
+        });
+        assert_eq!(refused.join().unwrap(), "pread");
+    }
+}
+
 #[test]
 fn direct_io_is_used_where_it_works_and_admitted_where_not() {
     let disk = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
@@ -162,6 +195,10 @@ fn direct_io_is_used_where_it_works_and_admitted_where_not() {
     };
     assert_eq!(DeviceFile::open(&probe, false).unwrap().direct(), expected);
     assert!(!RamDisk::new(4096).open(false).direct());
+    if Path::new("/dev/shm").is_dir() {
+        let memory = tempfile::tempdir_in("/dev/shm").unwrap();
+        assert!(!DeviceFile::create(&memory.path().join("image"), 4096).unwrap().direct());
+    }
 }
 
 #[test]

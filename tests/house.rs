@@ -64,8 +64,7 @@ const ROOMS: &[Room] = &[
 ];
 
 /// The proofs that cross rooms, and the only places that may make them.
-const PROOFS: &[(&str, &[&str])] =
-    &[("SealedProof for", &["src/journal/", "src/apply/"]), ("Receipt for", &["src/session/"])];
+const PROOFS: &[(&str, &[&str])] = &[("SealedProof for", &["src/journal/", "src/apply/"]), ("Receipt for", &["src/session/"])];
 
 /// Every source file as (room, path, text); `lib.rs` and `main.rs` belong to no room.
 fn sources(dir: &Path, out: &mut Vec<(String, String, String)>) {

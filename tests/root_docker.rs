@@ -127,7 +127,8 @@ fn an_image_travels_and_is_proven_on_both_sides() {
     let file = primary.dir().join("image.tar");
 
     let (pin, _) = from.export_image("shop/app:1", &file).unwrap();
-    assert_eq!(pin.config_digest, id);
+    let graph = !primary.has_containerd_store();
+    assert_eq!(pin.config_digest == id, graph);
     assert_eq!(pin.name, "shop/app:1");
     let told: Vec<String> = serde_json::from_str(&primary.cli(&["inspect", "--format", "{{json .RootFS.Layers}}", &id])).unwrap();
     assert_eq!(pin.diff_ids, told);
@@ -138,12 +139,15 @@ fn an_image_travels_and_is_proven_on_both_sides() {
     let other = standby.busybox("shop/app:1", &[("data/other", b"other")], &[]);
     assert_eq!(to.find_image(&pin).unwrap(), None);
     let local = to.import_image(&pin, &file).unwrap();
-    assert_eq!(local, id);
-    assert_eq!(to.find_image(&pin).unwrap(), Some(id.clone()));
-    assert_eq!(to.import_image(&pin, &file).unwrap(), id, "twice is as good as once");
+    assert!(local == id || !graph);
+    assert_eq!(to.find_image(&pin).unwrap(), Some(local.clone()));
+    assert_eq!(to.import_image(&pin, &file).unwrap(), local, "twice is as good as once");
+    // One who has proven nothing yet finds the same.
+    let fresh = Docker::connect(runtime.handle().clone(), &standby.socket()).unwrap();
+    assert_eq!(fresh.find_image(&pin).unwrap(), Some(local.clone()));
     assert_eq!(standby.cli(&["inspect", "--format", "{{.Id}}", "shop/app:1"]), other);
-    let tag = format!("doublure.local/pin:{}", &id[7..19]);
-    assert_eq!(standby.cli(&["inspect", "--format", "{{.Id}}", &tag]), id);
+    let tag = format!("doublure.local/pin:{}", &pin.config_digest[7..19]);
+    assert_eq!(standby.cli(&["inspect", "--format", "{{.Id}}", &tag]), local);
     assert_eq!(standby.cli(&["ps", "--all", "--quiet"]), "", "the throw-away container is gone");
 
     // The same layers under another configuration are another image.
@@ -164,16 +168,16 @@ fn a_tampered_archive_never_reaches_dockerd() {
     let runtime = runtime();
     let from = Docker::connect(runtime.handle().clone(), &primary.socket()).unwrap();
     let to = Docker::connect(runtime.handle().clone(), &standby.socket()).unwrap();
-    let marker = b"this file is the one that is changed";
-    primary.busybox("shop/app:1", &[("data/marker", marker)], &[]);
+    primary.busybox("shop/app:1", &[], &[]);
     let file = primary.dir().join("image.tar");
     let (pin, _) = from.export_image("shop/app:1", &file).unwrap();
 
     let bytes = std::fs::read(&file).unwrap();
-    let at = bytes.windows(marker.len()).position(|window| window == marker).unwrap();
+    // In the middle of what is largest by far: the layer, compressed or not.
+    let at = bytes.len() / 2;
     let mut handle = std::fs::OpenOptions::new().write(true).open(&file).unwrap();
     handle.seek(SeekFrom::Start(at as u64)).unwrap();
-    handle.write_all(b"T").unwrap();
+    handle.write_all(&[bytes[at] ^ 1]).unwrap();
     let fault = to.import_image(&pin, &file).unwrap_err();
     assert_eq!(fault.code, Code::ImageMismatch, "{fault}");
 
@@ -417,6 +421,7 @@ fn a_recipe_gets_no_rights_and_a_failure_no_secrets() {
 
     // One that ends at once, one that never gets healthy, one that says that it is not.
     dockerd.cli(&["run", "--detach", "--name", "short", "app:1", "sh", "-c", "exit 7"]);
+    dockerd.cli(&["wait", "short"]);
     let fault = docker.await_health("short", Duration::from_secs(5)).unwrap_err();
     assert!(fault.code == Code::ContainerFailed && fault.cause.contains('7'), "{fault}");
     let health = ["--health-interval", "1s", "--health-retries", "1", "--health-cmd"];

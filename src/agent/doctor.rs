@@ -33,14 +33,20 @@ pub fn doctor(settings: &Settings) -> Res<(Value, Exit)> {
         ("mkfs.xfs", false, "mkfs.xfs", "xfsprogs"),
         ("xfs_repair", false, "xfs_repair", "xfsprogs"),
     ] {
-        checks.push(check(name, needed, find_tool(tool).ok_or_else(|| (format!("{tool} is not installed"), format!("install the package {package}")))));
+        checks.push(check(
+            name,
+            needed,
+            find_tool(tool).ok_or_else(|| (format!("{tool} is not installed"), format!("install the package {package}"))),
+        ));
     }
     checks.push(docker(settings));
     checks.push(state_dir(settings));
     checks.push(check(
         "listen",
         false,
-        settings.listen.clone().ok_or_else(|| ("nothing listens for a peer".into(), "set `listen` in the configuration to stand by for another host".into())),
+        settings.listen.clone().ok_or_else(|| {
+            ("nothing listens for a peer".into(), "set `listen` in the configuration to stand by for another host".into())
+        }),
     ));
     let bad_needed = checks.iter().any(|c| c.needed && c.outcome.is_err());
     let bad = checks.iter().any(|c| c.outcome.is_err());
@@ -98,7 +104,10 @@ fn engine(settings: &Settings) -> Check {
     let outcome = match device::engine(EngineKind::IoUring, 4) {
         Ok(_) => Ok("io_uring".into()),
         Err(fault) if settings.io_engine == EngineKind::IoUring => Err(said(fault)),
-        Err(fault) => Err((fault.to_string(), "replication works with pread, more slowly; allow io_uring (kernel.io_uring_disabled=0)".into())),
+        Err(fault) => Err((
+            fault.to_string(),
+            "replication works with pread, more slowly; allow io_uring (kernel.io_uring_disabled=0)".into(),
+        )),
     };
     check("io engine", settings.io_engine == EngineKind::IoUring, outcome)
 }
@@ -113,7 +122,8 @@ fn find_tool(tool: &str) -> Option<String> {
 
 fn docker(settings: &Settings) -> Check {
     let connect = || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| Fault::io("the runtime", &e))?;
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| Fault::io("the runtime", &e))?;
         // The connection's calls block on a handle, so the runtime runs on a thread of its own for as long as they last.
         let handle = runtime.handle().clone();
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
@@ -135,7 +145,10 @@ fn state_dir(settings: &Settings) -> Check {
     };
     let outcome = match host::free_bytes(&dir) {
         Ok(free) if free > settings.journal_bytes => Ok(format!("{} GiB free at {}", free >> 30, dir.display())),
-        Ok(free) => Err((format!("only {} MiB free at {}", free >> 20, dir.display()), "the journal alone takes more: free space or lower `journal`".into())),
+        Ok(free) => Err((
+            format!("only {} MiB free at {}", free >> 20, dir.display()),
+            "the journal alone takes more: free space or lower `journal`".into(),
+        )),
         Err(fault) => Err(said(fault)),
     };
     check("space", true, outcome)

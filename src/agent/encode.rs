@@ -112,7 +112,13 @@ mod tests {
         let run = BlockRun { start: 8, count: 8 };
         let mut encoder = Encoder::default();
         assert!(encoder.add(0, run, &bytes, &mut known).is_none());
-        let spec = VolumeSpec { id: Uuid([0; 16]), name: "v".into(), size_bytes: 64 * 4096, fs: FileSystem::Ext4, mount_options: String::new() };
+        let spec = VolumeSpec {
+            id: Uuid([0; 16]),
+            name: "v".into(),
+            size_bytes: 64 * 4096,
+            fs: FileSystem::Ext4,
+            mount_options: String::new(),
+        };
         let piece = encoder.take();
         let (mut at, mut runs) = (0, Vec::new());
         while let Some(head) = delta::head(&piece[at..], std::slice::from_ref(&spec)).unwrap() {

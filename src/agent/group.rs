@@ -41,6 +41,8 @@ pub struct Group {
     /// Its directory in the state directory.
     pub dir: PathBuf,
     ledger: Mutex<Ledger>,
+    /// The record as last seen, for those who must not wait while a failover works on the ledger.
+    seen: Mutex<Record>,
     live: Mutex<Live>,
     busy: Mutex<Option<String>>,
     /// The primary thread's inbox, while there is one.
@@ -105,6 +107,7 @@ impl Group {
             name: record.spec.name.clone(),
             dir: dir.to_path_buf(),
             ledger: Mutex::new(ledger),
+            seen: Mutex::new(record.clone()),
             live: Mutex::new(live),
             busy: Mutex::new(None),
             commands: Mutex::new(None),
@@ -116,6 +119,16 @@ impl Group {
     /// The ledger's record.
     pub fn record(&self) -> Res<Record> {
         lock(&self.ledger).record().cloned().ok_or_else(|| Fault::internal(format!("group {}", self.name), "its ledger is empty"))
+    }
+
+    /// The ledger's record, or, while somebody works on the ledger, the one before that work.
+    pub fn peek(&self) -> Record {
+        if let Ok(ledger) = self.ledger.try_lock()
+            && let Some(record) = ledger.record()
+        {
+            *lock(&self.seen) = record.clone();
+        }
+        lock(&self.seen).clone()
     }
 
     /// Edits the record durably.

@@ -93,7 +93,12 @@ fn next(channel: &mut Channel, patience: Duration) -> Res<Message> {
     match channel.recv(patience)? {
         Some(Message::Refused { fault }) => Err(fault),
         Some(message) => Ok(message),
-        None => Err(Fault::new(Code::TimedOut, format!("peer {}", channel.peer()), "it did not answer in time", "it is tried again by itself")),
+        None => Err(Fault::new(
+            Code::TimedOut,
+            format!("peer {}", channel.peer()),
+            "it did not answer in time",
+            "it is tried again by itself",
+        )),
     }
 }
 

@@ -74,8 +74,9 @@ impl Agent {
     }
 
     fn group(&self, name: &str) -> Res<Arc<Group>> {
-        lock(&self.groups).get(name).cloned().ok_or_else(|| {
-            let known: Vec<_> = lock(&self.groups).keys().cloned().collect();
+        let groups = lock(&self.groups);
+        groups.get(name).cloned().ok_or_else(|| {
+            let known: Vec<_> = groups.keys().cloned().collect();
             Fault::new(
                 Code::GroupUnknown,
                 format!("group {name}"),
@@ -221,8 +222,7 @@ impl Agent {
         for entry in entries {
             let path = entry.map_err(|e| Fault::io(dir.display().to_string(), &e))?.path();
             let Some(group) = Group::open(&path)? else { continue };
-            let (group, role) = (Arc::new(group), ());
-            let () = role;
+            let group = Arc::new(group);
             self.add_group(group.clone());
             let record = group.record()?;
             let outcome = match record.role {
@@ -238,7 +238,7 @@ impl Agent {
                             group.with_live(|live| live.state = promote::SERVING_ALONE.into());
                             Ok(())
                         }
-                        false => self.start_primary(&group),
+                        false => self.start_primary(&group).and_then(|()| images::start_shipping(self, &group)),
                     }
                 }
                 Role::Standby => standby::Standby::open(self, &group).map(|standby| *lock(&group.standby) = Some(standby)),

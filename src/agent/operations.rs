@@ -24,7 +24,9 @@ const SYNC_PATIENCE: Duration = Duration::from_secs(10);
 pub fn handle(agent: &Arc<Agent>, request: Request, sink: Sink<'_>) -> Res<(Value, Exit)> {
     match request {
         Request::Status => Ok((status::value(agent), status::exit(agent))),
-        Request::VolumeCreate { name, size_bytes, fs, mount_options } => agent.volume_create(&name, size_bytes, fs, &mount_options),
+        Request::VolumeCreate { name, size_bytes, fs, mount_options } => {
+            agent.volume_create(&name, size_bytes, fs, &mount_options)
+        }
         Request::VolumeList => agent.volume_list(),
         Request::VolumeRemove { name, confirm } => agent.volume_remove(&name, confirm.as_deref()),
         Request::Protect { group, peer, containers, volumes } => protect(agent, &group, peer, &containers, &volumes, sink),
@@ -41,8 +43,9 @@ pub fn handle(agent: &Arc<Agent>, request: Request, sink: Sink<'_>) -> Res<(Valu
 pub fn load_peers(settings: &Settings) -> Res<Vec<Peer>> {
     let path = settings.state_dir.join("peers.json");
     match std::fs::read(&path) {
-        Ok(bytes) => serde_json::from_slice(&bytes)
-            .map_err(|e| Fault::new(Code::Corrupt, path.display().to_string(), e.to_string(), "remove it and pair the hosts again")),
+        Ok(bytes) => serde_json::from_slice(&bytes).map_err(|e| {
+            Fault::new(Code::Corrupt, path.display().to_string(), e.to_string(), "remove it and pair the hosts again")
+        }),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(e) => Err(Fault::io(path.display().to_string(), &e)),
     }
@@ -60,11 +63,19 @@ pub fn save_peer(settings: &Settings, peer: &Peer) -> Res<()> {
 
 fn pair_open(agent: &Arc<Agent>) -> Res<(Value, Exit)> {
     let Some(listen) = agent.settings.listen.clone() else {
-        return Err(Fault::new(Code::ConfigInvalid, "pairing", "this host listens nowhere", "set `listen` in the configuration and restart the agent"));
+        return Err(Fault::new(
+            Code::ConfigInvalid,
+            "pairing",
+            "this host listens nowhere",
+            "set `listen` in the configuration and restart the agent",
+        ));
     };
     let saving = agent.clone();
     let code = agent.link.open_pairing(PAIRING_LASTS, Box::new(move |peer| saving.save_peer(&peer)))?;
-    Ok((json!({ "code": code, "listen": listen, "host": agent.settings.host, "valid_seconds": PAIRING_LASTS.as_secs() }), Exit::Done))
+    Ok((
+        json!({ "code": code, "listen": listen, "host": agent.settings.host, "valid_seconds": PAIRING_LASTS.as_secs() }),
+        Exit::Done,
+    ))
 }
 
 fn pair(agent: &Arc<Agent>, address: &str, code: &str) -> Res<(Value, Exit)> {
@@ -79,15 +90,37 @@ fn pick_peer(agent: &Agent, wanted: Option<String>) -> Res<String> {
     let names: Vec<_> = peers.iter().map(|p| p.name.clone()).collect();
     match wanted {
         Some(name) if names.contains(&name) => Ok(name),
-        Some(name) => Err(Fault::new(Code::PeerNotTrusted, format!("peer {name}"), "it is not paired with this host", "pair the hosts first: `doublure pair`")),
+        Some(name) => Err(Fault::new(
+            Code::PeerNotTrusted,
+            format!("peer {name}"),
+            "it is not paired with this host",
+            "pair the hosts first: `doublure pair`",
+        )),
         None if names.len() == 1 => Ok(names[0].clone()),
-        None if names.is_empty() => Err(Fault::new(Code::PeerNotTrusted, "the standby", "no host is paired with this one", "pair the hosts first: `doublure pair`")),
-        None => Err(Fault::new(Code::BadArgument, "the standby", format!("several hosts are paired: {}", names.join(", ")), "name one with --peer")),
+        None if names.is_empty() => Err(Fault::new(
+            Code::PeerNotTrusted,
+            "the standby",
+            "no host is paired with this one",
+            "pair the hosts first: `doublure pair`",
+        )),
+        None => Err(Fault::new(
+            Code::BadArgument,
+            "the standby",
+            format!("several hosts are paired: {}", names.join(", ")),
+            "name one with --peer",
+        )),
     }
 }
 
 /// Makes a group of containers and the volumes they use, and begins to ship it.
-fn protect(agent: &Arc<Agent>, name: &str, peer: Option<String>, containers: &[String], volumes: &[String], sink: Sink<'_>) -> Res<(Value, Exit)> {
+fn protect(
+    agent: &Arc<Agent>,
+    name: &str,
+    peer: Option<String>,
+    containers: &[String],
+    volumes: &[String],
+    sink: Sink<'_>,
+) -> Res<(Value, Exit)> {
     check_name("group", name)?;
     let peer = pick_peer(agent, peer)?;
     agent.tracker_cell()?;
@@ -125,7 +158,9 @@ fn protect(agent: &Arc<Agent>, name: &str, peer: Option<String>, containers: &[S
                 "make one with `doublure volume create` and move the data there",
             )
         })?);
-        if let Some(user) = docker.users_of_volume(volume)?.into_iter().find(|u| !containers.contains(u) && !containers.is_empty()) {
+        if let Some(user) =
+            docker.users_of_volume(volume)?.into_iter().find(|u| !containers.contains(u) && !containers.is_empty())
+        {
             return Err(Fault::new(
                 Code::BadArgument,
                 format!("volume {volume}"),
@@ -135,7 +170,12 @@ fn protect(agent: &Arc<Agent>, name: &str, peer: Option<String>, containers: &[S
         }
     }
     if chosen.is_empty() {
-        return Err(Fault::new(Code::BadArgument, format!("group {name}"), "it has no volume", "name a container or a volume that has data"));
+        return Err(Fault::new(
+            Code::BadArgument,
+            format!("group {name}"),
+            "it has no volume",
+            "name a container or a volume that has data",
+        ));
     }
     if let Ok(old) = agent.group(name) {
         let record = old.record()?;
@@ -144,12 +184,22 @@ fn protect(agent: &Arc<Agent>, name: &str, peer: Option<String>, containers: &[S
             && record.spec.containers.iter().map(|c| &c.name).eq(specs.iter().map(|c| &c.name));
         return match same {
             true => Ok((json!({ "group": name, "changed": false }), Exit::Done)),
-            false => Err(Fault::new(Code::NameTaken, format!("group {name}"), "it exists with other volumes or containers", "choose another name")),
+            false => Err(Fault::new(
+                Code::NameTaken,
+                format!("group {name}"),
+                "it exists with other volumes or containers",
+                "choose another name",
+            )),
         };
     }
     for volume in &chosen {
         if let Some(group) = agent.group_of_volume(volume.id) {
-            return Err(Fault::new(Code::VolumeInUse, format!("volume {}", volume.name), format!("group {group} protects it already"), "a volume belongs to one group"));
+            return Err(Fault::new(
+                Code::VolumeInUse,
+                format!("volume {}", volume.name),
+                format!("group {group} protects it already"),
+                "a volume belongs to one group",
+            ));
         }
     }
     let spec = GroupSpec { id: crate::agent::new_id()?, name: name.into(), volumes: chosen, containers: specs };
@@ -171,9 +221,17 @@ fn protect(agent: &Arc<Agent>, name: &str, peer: Option<String>, containers: &[S
     let group = Arc::new(Group::create(&agent.group_dir(spec.id), record)?);
     agent.add_group(group.clone());
     agent.start_primary(&group)?;
-    sink(Event::Step { name: format!("replicate {} volume(s) to {peer}", spec.volumes.len()), outcome: "changed".into(), detail: names.join(", "), ms: 0 });
+    sink(Event::Step {
+        name: format!("replicate {} volume(s) to {peer}", spec.volumes.len()),
+        outcome: "changed".into(),
+        detail: names.join(", "),
+        ms: 0,
+    });
     images::start_shipping(agent, &group)?;
-    Ok((json!({ "group": name, "id": spec.id, "peer": peer, "volumes": names, "containers": containers, "changed": true }), Exit::Done))
+    Ok((
+        json!({ "group": name, "id": spec.id, "peer": peer, "volumes": names, "containers": containers, "changed": true }),
+        Exit::Done,
+    ))
 }
 
 fn sync(group: &Group, wait: bool, sink: Sink<'_>) -> Res<(Value, Exit)> {
@@ -184,7 +242,10 @@ fn sync(group: &Group, wait: bool, sink: Sink<'_>) -> Res<(Value, Exit)> {
         return Ok((json!({ "group": group.name, "asked": true }), Exit::Done));
     }
     let (position, at) = watch(group, &answer, sink)?;
-    Ok((json!({ "group": group.name, "epoch": position.epoch, "generation": position.generation, "recoverable_to_ms": at.0 }), Exit::Done))
+    Ok((
+        json!({ "group": group.name, "epoch": position.epoch, "generation": position.generation, "recoverable_to_ms": at.0 }),
+        Exit::Done,
+    ))
 }
 
 fn verify(group: &Group, sink: Sink<'_>) -> Res<(Value, Exit)> {
@@ -209,7 +270,12 @@ fn watch<T>(group: &Group, answer: &std::sync::mpsc::Receiver<Res<T>>, sink: Sin
             }
             Err(RecvTimeoutError::Timeout) => {
                 if let Some(progress) = group.with_live(|live| live.progress.clone()) {
-                    sink(Event::Progress { what: progress.what, done: progress.done, total: progress.total, unit: "bytes".into() });
+                    sink(Event::Progress {
+                        what: progress.what,
+                        done: progress.done,
+                        total: progress.total,
+                        unit: "bytes".into(),
+                    });
                 }
             }
         }

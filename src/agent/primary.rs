@@ -13,9 +13,7 @@ use crate::format::{Landing, Purpose, Standing};
 use crate::host;
 use crate::host::DeviceIdentity;
 use crate::known::Known;
-use crate::model::{
-    BLOCK_BYTES, BlockRun, BlockSet, Code, Digest, Exit, Fault, GroupSpec, Moment, Position, Receipt, Res, Role,
-};
+use crate::model::{BLOCK_BYTES, BlockRun, BlockSet, Code, Digest, Exit, Fault, GroupSpec, Moment, Position, Receipt, Res, Role};
 use crate::reader;
 use crate::role::{Footing, Grounds, footing};
 use crate::session::SenderEvent;
@@ -53,6 +51,8 @@ struct Pending {
     began: Instant,
     pieces: Vec<Vec<u8>>,
     sent: Sent,
+    /// Its `Begin` was sent: what the standby holds of this position may be its beginning.
+    begun: bool,
 }
 
 /// Everything that the thread owns.
@@ -232,7 +232,8 @@ impl Primary {
         let peer = self.group.record()?.peer;
         self.state("connecting");
         let channel = self.agent.link.connect(&peer, Duration::from_secs(5))?;
-        let (mut wire, mut standing) = Wire::open(channel, &self.agent.settings.host, Purpose::Replicate, self.spec.id, self.epoch)?;
+        let (mut wire, mut standing) =
+            Wire::open(channel, &self.agent.settings.host, Purpose::Replicate, self.spec.id, self.epoch)?;
         self.group.with_live(|live| {
             live.connected = true;
             live.clear(Code::PeerUnreachable);
@@ -316,7 +317,9 @@ impl Primary {
     /// A kept generation is sent again only on the very tip that it was cut for.
     fn keep_or_drop_pending(&mut self, step: &Footing, standing: &Standing) -> Res<()> {
         let fits = self.pending.as_ref().is_some_and(|p| {
-            *step == Footing::Incremental && p.position.generation == standing.tip.generation + 1 && p.position.epoch == self.epoch
+            *step == Footing::Incremental
+                && p.position.generation == standing.tip.generation + 1
+                && p.position.epoch == self.epoch
         });
         if !fits && self.pending.take().is_some() {
             self.agent.tracker()?.give_back(self.spec.id)?;
@@ -470,8 +473,10 @@ impl Primary {
     fn cycle(&mut self, wire: &mut Wire, tip: (Position, Digest), landing: Landing, began: Instant) -> Res<(Position, Digest)> {
         let position = Position { epoch: self.epoch, generation: tip.0.generation + 1 };
         let dirty_bytes = self.dirty_blocks()? * BLOCK_BYTES;
-        let limits =
-            cut::Limits { freeze_deadline: self.agent.settings.freeze_deadline, cut_max_bytes: self.agent.settings.cut_max_bytes };
+        let limits = cut::Limits {
+            freeze_deadline: self.agent.settings.freeze_deadline,
+            cut_max_bytes: self.agent.settings.cut_max_bytes,
+        };
         let mut rounds = Rounds { open: false, sent: Sent::default(), segments: VecDeque::new(), since_segment: 0 };
         if dirty_bytes > limits.cut_max_bytes || landing == Landing::Direct {
             self.rounds(wire, &mut rounds, position, landing, dirty_bytes, limits)?;
@@ -529,7 +534,7 @@ impl Primary {
             pieces.push(last);
         }
         drop(cut);
-        let pending = Pending { position, cut_at, began: began.min(cut_began), pieces, sent: encoder.sent };
+        let pending = Pending { position, cut_at, began: began.min(cut_began), pieces, sent: encoder.sent, begun: false };
         if rounds.open {
             for piece in &pending.pieces {
                 self.send_piece(wire, piece.clone())?;
@@ -560,13 +565,17 @@ impl Primary {
 
     /// Sends a kept or fresh generation; what the standby holds of it already is not sent again.
     fn resend(&mut self, wire: &mut Wire, pending: Pending, open: Option<(Position, u64)>) -> Res<(Position, Digest)> {
-        let mut skip = 0;
-        if let Some((_, held_bytes)) = open {
+        let (mut skip, mut pending) = (0, pending);
+        if let Some((_, held_bytes)) = open.filter(|_| pending.begun) {
             let mut sum = 0;
-            skip = pending.pieces.iter().take_while(|p| {
-                sum += p.len() as u64;
-                sum <= held_bytes
-            }).count();
+            skip = pending
+                .pieces
+                .iter()
+                .take_while(|p| {
+                    sum += p.len() as u64;
+                    sum <= held_bytes
+                })
+                .count();
             let held: u64 = pending.pieces[..skip].iter().map(|p| p.len() as u64).sum();
             if held != held_bytes {
                 skip = 0;
@@ -578,6 +587,7 @@ impl Primary {
             } else {
                 let payload_bytes: u64 = pending.pieces.iter().map(|p| p.len() as u64).sum();
                 let message = wire.sender.begin(pending.position, Landing::Journal, payload_bytes)?;
+                pending.begun = true;
                 wire.send(&message)?;
             }
             for piece in &pending.pieces[skip..] {
@@ -606,7 +616,7 @@ impl Primary {
     /// 3. Only then are the bits let go,
     /// 4. and only then is the peer believed to hold what was sent.
     fn finish(&mut self, wire: &mut Wire, pending: Pending) -> Res<(Position, Digest)> {
-        let Pending { position, cut_at, began, sent, pieces } = pending;
+        let Pending { position, cut_at, began, sent, pieces, begun } = pending;
         let outcome = (|| {
             let (digest, message) = wire.sender.end(cut_at)?;
             let mut tracker = self.agent.tracker()?;
@@ -624,7 +634,7 @@ impl Primary {
             Err(fault) => {
                 // Without rounds the whole payload is in memory, and the cut stays valid.
                 if !pieces.is_empty() {
-                    self.pending = Some(Pending { position, cut_at, began, sent, pieces });
+                    self.pending = Some(Pending { position, cut_at, began, sent, pieces, begun });
                 }
                 return Err(fault);
             }
@@ -654,7 +664,15 @@ impl Primary {
 
     /// Ships the set as it runs, again and again, until what is left can be cut. No drain is needed between flip and read: a
     /// write that was in flight sets its bit again when it completes (kernel-notes T).
-    fn rounds(&mut self, wire: &mut Wire, rounds: &mut Rounds, position: Position, landing: Landing, dirty_bytes: u64, limits: cut::Limits) -> Res<()> {
+    fn rounds(
+        &mut self,
+        wire: &mut Wire,
+        rounds: &mut Rounds,
+        position: Position,
+        landing: Landing,
+        dirty_bytes: u64,
+        limits: cut::Limits,
+    ) -> Res<()> {
         self.state(if landing == Landing::Direct { "first sync" } else { "catching up" });
         self.begin(wire, rounds, position, landing, self.bound(dirty_bytes))?;
         let mut before = u64::MAX;

@@ -52,11 +52,15 @@ pub fn failover(agent: &Arc<Agent>, group: &Group, dry_run: bool, force: bool, s
             sink(Event::Step { name: step.to_string(), outcome: "would change".into(), detail: String::new(), ms: 0 });
         }
         let loss_ms = plan.expected_loss_ms(crate::agent::now());
-        let value = json!({ "group": group.name, "dry_run": true, "plan": plan, "words": plan.to_string(), "expected_loss_ms": loss_ms });
+        let value =
+            json!({ "group": group.name, "dry_run": true, "plan": plan, "words": plan.to_string(), "expected_loss_ms": loss_ms });
         return Ok((value, Exit::Done));
     }
     if plan.steps.is_empty() {
-        return Ok((json!({ "group": group.name, "changed": false, "epoch": plan.epoch, "words": plan.to_string() }), Exit::Done));
+        return Ok((
+            json!({ "group": group.name, "changed": false, "epoch": plan.epoch, "words": plan.to_string() }),
+            Exit::Done,
+        ));
     }
     let (link_dir, scratch_dir) = (agent.link_dir(), agent.settings.run_dir.join("scratch"));
     crate::durable::private_dir(&link_dir)?;
@@ -98,6 +102,9 @@ pub fn failover(agent: &Arc<Agent>, group: &Group, dry_run: bool, force: bool, s
     let exit = report.exit();
     let mut value = serde_json::to_value(&report).map_err(|e| Fault::internal("the report", e.to_string()))?;
     value["changed"] = json!(report.changed());
+    for (row, step) in value["steps"].as_array_mut().into_iter().flatten().zip(&report.steps) {
+        row["name"] = json!(step.step.to_string());
+    }
     Ok((value, exit))
 }
 

@@ -83,8 +83,17 @@ impl Standby {
             paths.push(path);
         }
         let (journal, sealed) = open_journal(agent, group, &record)?;
-        let mut standby =
-            Standby { journal, replicas, paths, holds, sealed, engine, open: None, landing: Landing::Journal, spec: record.spec.clone() };
+        let mut standby = Standby {
+            journal,
+            replicas,
+            paths,
+            holds,
+            sealed,
+            engine,
+            open: None,
+            landing: Landing::Journal,
+            spec: record.spec.clone(),
+        };
         if record.role == Role::Standby {
             standby.apply_sealed(group)?;
         }
@@ -141,8 +150,7 @@ impl Standby {
 fn open_journal(agent: &Agent, group: &Group, record: &Record) -> Res<(Journal, Vec<Sealed>)> {
     let (ring, _) = FileStorage::open_or_create(&group.dir.join("journal"), agent.settings.journal_bytes)?;
     let overflow = DirOverflow::open(&group.dir.join("overflow"))?;
-    let (journal, recovered) =
-        Journal::open(group.id, Box::new(ring), Box::new(overflow), record.applied)?;
+    let (journal, recovered) = Journal::open(group.id, Box::new(ring), Box::new(overflow), record.applied)?;
     for words in recovered.dropped {
         tracing::info!(group = %group.name, "journal: {words}");
     }
@@ -358,12 +366,22 @@ fn converse(agent: &Arc<Agent>, group: &Arc<Group>, channel: &mut Channel, recei
             let message = channel.recv(step)?;
             let newest = group.connection.load(Ordering::SeqCst) == mine;
             if !newest {
-                return Err(Fault::new(Code::PeerUnreachable, "this connection", "a newer one has taken its place", "nothing is to be done"));
+                return Err(Fault::new(
+                    Code::PeerUnreachable,
+                    "this connection",
+                    "a newer one has taken its place",
+                    "nothing is to be done",
+                ));
             }
             let Some(message) = message else {
                 silent += step;
                 if silent > SILENCE_MAX {
-                    return Err(Fault::new(Code::PeerUnreachable, "the primary", "it has been silent too long", "it connects again by itself"));
+                    return Err(Fault::new(
+                        Code::PeerUnreachable,
+                        "the primary",
+                        "it has been silent too long",
+                        "it connects again by itself",
+                    ));
                 }
                 continue;
             };
@@ -382,10 +400,21 @@ fn converse(agent: &Arc<Agent>, group: &Arc<Group>, channel: &mut Channel, recei
     outcome
 }
 
-fn act(agent: &Arc<Agent>, group: &Arc<Group>, channel: &mut Channel, receiver: &mut Receiver, action: ReceiverAction) -> Res<()> {
+fn act(
+    agent: &Arc<Agent>,
+    group: &Arc<Group>,
+    channel: &mut Channel,
+    receiver: &mut Receiver,
+    action: ReceiverAction,
+) -> Res<()> {
     let mut guard = lock(&group.standby);
     let standby = guard.as_mut().ok_or_else(|| {
-        Fault::new(Code::WrongRole, format!("group {}", group.name), "this host is no longer its standby", "see `doublure status`")
+        Fault::new(
+            Code::WrongRole,
+            format!("group {}", group.name),
+            "this host is no longer its standby",
+            "see `doublure status`",
+        )
     })?;
     match action {
         ReceiverAction::Send(message) => channel.send(&message),
@@ -490,7 +519,9 @@ fn act(agent: &Arc<Agent>, group: &Arc<Group>, channel: &mut Channel, receiver: 
             })?;
             channel.send(&Message::DigestsDone { volume })
         }
-        ReceiverAction::Greet { .. } | ReceiverAction::Image(_) => Err(Fault::protocol("the message does not belong in this conversation")),
+        ReceiverAction::Greet { .. } | ReceiverAction::Image(_) => {
+            Err(Fault::protocol("the message does not belong in this conversation"))
+        }
     }
 }
 

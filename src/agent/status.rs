@@ -30,10 +30,7 @@ pub fn exit(agent: &Agent) -> Exit {
 }
 
 fn row(group: &Group) -> Value {
-    let record = match group.record() {
-        Ok(record) => record,
-        Err(fault) => return json!({ "name": group.name, "state": fault.to_string(), "faults": [fault.to_string()] }),
-    };
+    let record = group.peek();
     let live = group.with_live(|live| live.clone());
     let serving_alone = record.role == Role::Primary && record.last_failover.is_some();
     // A promise about the standby's copy: a primary that never heard of one, or serves alone, has none.

@@ -24,7 +24,12 @@ impl Registry {
         let path = settings.state_dir.join("volumes.json");
         let volumes = match std::fs::read(&path) {
             Ok(bytes) => serde_json::from_slice(&bytes).map_err(|e| {
-                Fault::new(Code::Corrupt, path.display().to_string(), e.to_string(), "put back a copy of it, or write `[]` and adopt the images again")
+                Fault::new(
+                    Code::Corrupt,
+                    path.display().to_string(),
+                    e.to_string(),
+                    "put back a copy of it, or write `[]` and adopt the images again",
+                )
             })?,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
             Err(e) => return Err(Fault::io(path.display().to_string(), &e)),
@@ -114,7 +119,12 @@ impl Agent {
         if let Some(old) = lock(&self.volumes).find(name) {
             return match old.size_bytes == size_bytes && old.fs == fs && old.mount_options == mount_options {
                 true => Ok((json!({ "name": name, "id": old.id, "changed": false }), Exit::Done)),
-                false => Err(Fault::new(Code::NameTaken, format!("volume {name}"), "it exists with another size or file system", "choose another name")),
+                false => Err(Fault::new(
+                    Code::NameTaken,
+                    format!("volume {name}"),
+                    "it exists with another size or file system",
+                    "choose another name",
+                )),
             };
         }
         let docker = self.docker()?;
@@ -127,7 +137,12 @@ impl Agent {
             ));
         }
         if self.link_dir().join(name).exists() {
-            return Err(Fault::new(Code::NameTaken, format!("volume {name}"), "a replicated volume of this host has that name", "choose another name"));
+            return Err(Fault::new(
+                Code::NameTaken,
+                format!("volume {name}"),
+                "a replicated volume of this host has that name",
+                "choose another name",
+            ));
         }
         let id = crate::agent::new_id()?;
         let spec = VolumeSpec { id, name: name.into(), size_bytes, fs, mount_options: mount_options.into() };
@@ -190,15 +205,30 @@ impl Agent {
     /// Removes a volume and its data, on the operator's word only (S7).
     pub(crate) fn volume_remove(&self, name: &str, confirm: Option<&str>) -> Res<(Value, Exit)> {
         let Some(spec) = lock(&self.volumes).find(name).cloned() else {
-            return Err(Fault::new(Code::VolumeUnknown, format!("volume {name}"), "this host has no such volume of its own", "see `doublure volume list`"));
+            return Err(Fault::new(
+                Code::VolumeUnknown,
+                format!("volume {name}"),
+                "this host has no such volume of its own",
+                "see `doublure volume list`",
+            ));
         };
         if let Some(group) = self.group_of_volume(spec.id) {
-            return Err(Fault::new(Code::VolumeInUse, format!("volume {name}"), format!("group {group} protects it"), "it can be removed once no group protects it"));
+            return Err(Fault::new(
+                Code::VolumeInUse,
+                format!("volume {name}"),
+                format!("group {group} protects it"),
+                "it can be removed once no group protects it",
+            ));
         }
         let docker = self.docker()?;
         let users = docker.users_of_volume(name)?;
         if !users.is_empty() {
-            return Err(Fault::new(Code::VolumeInUse, format!("volume {name}"), format!("containers use it: {}", users.join(", ")), "remove these containers first"));
+            return Err(Fault::new(
+                Code::VolumeInUse,
+                format!("volume {name}"),
+                format!("containers use it: {}", users.join(", ")),
+                "remove these containers first",
+            ));
         }
         if confirm != Some(name) {
             return Err(Fault::new(

@@ -129,7 +129,8 @@ fn attempt(
         drop(frozen);
         return Ok(Some(Attempt::TooLarge));
     }
-    let mut cut = Cut { sets: Vec::new(), runs: Vec::new(), bytes: Vec::with_capacity(wanted_bytes as usize), bytes_read: 0, frozen: None };
+    let mut cut =
+        Cut { sets: Vec::new(), runs: Vec::new(), bytes: Vec::with_capacity(wanted_bytes as usize), bytes_read: 0, frozen: None };
     for (index, (source, set)) in sources.iter().zip(&sets).enumerate() {
         let Cut { runs, bytes, .. } = &mut cut;
         cut.bytes_read += reader::read(engine, source.image, set, &mut |run, data| {

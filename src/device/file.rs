@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 nix::ioctl_read!(blk_get_size64, 0x12, 114, u64);
 nix::ioctl_read_bad!(blk_sector_size, nix::request_code_none!(0x12, 104), libc::c_int);
+nix::ioctl_read_bad!(blk_read_only, nix::request_code_none!(0x12, 94), libc::c_int);
 nix::ioctl_write_ptr_bad!(blk_zeroout, nix::request_code_none!(0x12, 127), [u64; 2]);
 
 /// Largest alignment that direct I/O may ask for; buffers are aligned to it. Beyond it the page cache is used.
@@ -74,6 +75,15 @@ impl DeviceFile {
         };
         if size == 0 || !size.is_multiple_of(512) {
             return Err(not_image(format!("its size is {size} bytes, not a multiple of 512 above zero")));
+        }
+        if writable && kind.is_block_device() {
+            let mut read_only: libc::c_int = 0;
+            // The kernel lets a read-only device be opened for writing, and only the writes fail.
+            // SAFETY: BLKROGET writes one int to the place given.
+            unsafe { blk_read_only(cached.as_raw_fd(), &raw mut read_only) }.map_err(|e| fault(e.into()))?;
+            if read_only != 0 {
+                return Err(fault(io::Error::from_raw_os_error(libc::EROFS)));
+            }
         }
         let direct = File::options().read(true).write(writable).custom_flags(libc::O_DIRECT).open(&same).ok();
         let direct = direct.and_then(|file| direct_alignment(&file, kind.is_block_device()).map(|align| (file, align)));
@@ -171,8 +181,8 @@ impl DeviceFile {
         })
     }
 
-    /// Makes a range read as zeroes: punches a hole in a file, BLKZEROOUT on a device, writes zeroes where neither works. Any length;
-    /// offset and length are multiples of 512. Not durable before [`DeviceFile::flush`].
+    /// Makes a range read as zeroes: punches a hole where file or device can, BLKZEROOUT on a device, writes zeroes where neither
+    /// works. Any length; offset and length are multiples of 512. Not durable before [`DeviceFile::flush`].
     pub fn zero(&self, run: ByteRun) -> Res<()> {
         if run.len == 0 {
             return Ok(());
@@ -180,8 +190,11 @@ impl DeviceFile {
         self.check_range(run, true)?;
         let done = match &self.medium {
             Medium::Ram(disk) => disk.zero(run).map(|()| true),
-            Medium::Os(os) if os.block_device => zero_device(&os.cached, run),
-            Medium::Os(os) => zero_file(&os.cached, run),
+            // On a device too: BLKZEROOUT alone keeps blocks allocated, which fills the disk under a sparse or thin one.
+            Medium::Os(os) => match punch(&os.cached, run) {
+                Ok(false) if os.block_device => zero_device(&os.cached, run),
+                done => done,
+            },
         };
         match done {
             Ok(true) => Ok(()),
@@ -274,6 +287,13 @@ impl DeviceFile {
         if end.is_none() || !run.offset.is_multiple_of(512) || !run.len.is_multiple_of(512) {
             let cause =
                 format!("{} bytes at {} do not fit an image of {} bytes in whole sectors", run.len, run.offset, self.size);
+            return Err(Fault::internal(self.name(), cause));
+        }
+        if let Medium::Os(OsFile { block_device: true, lanes: Lanes { align: Some(align), .. }, .. }) = &self.medium
+            && !(run.offset.is_multiple_of(*align) && run.len.is_multiple_of(*align))
+        {
+            // A device has whole sectors to its end; less than one would have to go through its page cache.
+            let cause = format!("{} bytes at {} are no whole sectors of {align} bytes", run.len, run.offset);
             return Err(Fault::internal(self.name(), cause));
         }
         if write && !self.writable {
@@ -412,6 +432,11 @@ fn direct_alignment(file: &File, block_device: bool) -> Option<u64> {
         let fits = |align: u64| align.is_power_of_two() && align <= ALIGN_MAX;
         return (fits(memory) && fits(offset)).then_some(offset.max(512));
     }
+    // tmpfs takes O_DIRECT since Linux 6.6 and goes on through the page cache, which is all it has.
+    if nix::sys::statfs::fstatfs(file).is_ok_and(|stat| stat.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC) && !block_device
+    {
+        return None;
+    }
     // A kernel before 6.1, or a file system that does not tell: the device's own sector, or 4096, which every one takes; then try it.
     let mut sector: libc::c_int = 0;
     let align = match block_device {
@@ -426,8 +451,8 @@ fn direct_alignment(file: &File, block_device: bool) -> Option<u64> {
     again(|| file.read_at(&mut page[..align as usize], 0)).ok().map(|_| align)
 }
 
-/// True when done, false when the file system knows no way.
-fn zero_file(file: &File, run: ByteRun) -> io::Result<bool> {
+/// True when done, false when neither a hole nor a zeroed range is known there.
+fn punch(file: &File, run: ByteRun) -> io::Result<bool> {
     let keep = libc::FALLOC_FL_KEEP_SIZE;
     for mode in [libc::FALLOC_FL_PUNCH_HOLE | keep, libc::FALLOC_FL_ZERO_RANGE | keep] {
         let done = again(|| {

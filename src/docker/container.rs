@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// A container without a health check must still run after this long.
 const SETTLED: Duration = Duration::from_millis(100);
+/// dockerd may say for a while that a process runs which has ended: this long it is asked again when the process is not there.
+const HEARSAY: Duration = Duration::from_secs(2);
 
 fn thing(name: &str) -> String {
     format!("container {name}")
@@ -236,6 +238,11 @@ pub(super) fn find_state(docker: &Docker, container: &str) -> Res<Option<Running
     Ok(look(docker, container)?.as_ref().map(state_of))
 }
 
+/// Whether a process is there, as far as this one can see.
+fn is_there(pid: u32) -> bool {
+    std::path::Path::new(&format!("/proc/{pid}")).exists()
+}
+
 pub(super) fn await_health(docker: &Docker, container: &str, patience: Duration) -> Res<Duration> {
     let begun = Instant::now();
     let failed = |cause: String| {
@@ -251,7 +258,7 @@ pub(super) fn await_health(docker: &Docker, container: &str, patience: Duration)
         match state.health.as_deref() {
             Some("healthy") => return Ok(waited),
             Some("unhealthy") => return failed("its health check says unhealthy".into()),
-            None if waited >= SETTLED => return Ok(waited),
+            None if waited >= SETTLED && (is_there(state.pid) || waited >= HEARSAY) => return Ok(waited),
             _ => {}
         }
         if waited >= patience {

@@ -195,13 +195,16 @@ pub(super) fn find(docker: &Docker, pin: &ImagePin) -> Res<Option<String>> {
         let same = |image: &ImageInspect| image.id.as_deref() == Some(&pin.config_digest) && layers(image) == pin.diff_ids;
         return Ok(image.filter(same).and_then(|image| image.id));
     }
-    let reference = format!("{REPOSITORY}:{}", tag_of(&pin.config_digest));
-    let Some(image) = look(docker, &reference)? else { return Ok(None) };
     // Layers are missing from the answer while the content is not whole.
-    let Some(id) = image.id.clone().filter(|_| layers(&image) == pin.diff_ids) else { return Ok(None) };
-    if docker.proofs().get(&pin.config_digest) == Some(&id) {
-        return Ok(Some(id));
+    let whole = |image: ImageInspect| if layers(&image) == pin.diff_ids { image.id } else { None };
+    let proven = docker.proofs().get(&pin.config_digest).cloned();
+    if let Some(id) = &proven
+        && look(docker, id)?.and_then(whole).as_ref() == Some(id)
+    {
+        return Ok(proven);
     }
+    let reference = format!("{REPOSITORY}:{}", tag_of(&pin.config_digest));
+    let Some(id) = look(docker, &reference)?.and_then(whole) else { return Ok(None) };
     let contents = read_through(docker, &id)?;
     if contents.pin.config_digest != pin.config_digest || contents.pin.diff_ids != pin.diff_ids {
         return Ok(None);

@@ -478,8 +478,11 @@ pub(super) fn secrets(inspect: &Value) -> Vec<String> {
             _ => value,
         });
     let commands = items(config, "Cmd").skip(1).chain(items(config, "Entrypoint").skip(1)).filter_map(Value::as_str);
-    let mut secrets: Vec<String> = values.chain(commands).filter(|text| text.len() >= 4).map(str::to_string).collect();
-    secrets.sort_by_key(|text| std::cmp::Reverse(text.len()));
+    // dockerd quotes what it repeats: a secret with a quote or line break in it looks different then.
+    let quoted = |text: &str| json!(text).to_string().trim_matches('"').to_string();
+    let texts = values.chain(commands).filter(|text| text.len() >= 4);
+    let mut secrets: Vec<String> = texts.flat_map(|text| [text.to_string(), quoted(text)]).collect();
+    secrets.sort_by(|a, b| b.len().cmp(&a.len()).then_with(|| a.cmp(b)));
     secrets.dedup();
     secrets
 }
@@ -660,5 +663,7 @@ mod tests {
     fn secrets_are_the_environment_and_the_arguments() {
         let found = secrets(&spec(|_| {}).inspect);
         assert_eq!(found, vec!["--key=sesame", "hunter2"]);
+        let found = secrets(&spec(|i| i["Config"]["Env"] = json!(["KEY=two\nlines"])).inspect);
+        assert_eq!(found, vec!["--key=sesame", "two\\nlines", "two\nlines"]);
     }
 }

@@ -127,6 +127,7 @@ struct State {
     log: Vec<Op>,
     calls: u64,
     trouble: Option<(u64, Trouble)>,
+    struck: Option<(String, u64)>,
 }
 
 impl State {
@@ -244,6 +245,10 @@ impl World {
     pub fn plant(&self, at: u64, trouble: Trouble) {
         self.state().trouble = Some((at, trouble));
     }
+    /// The write that trouble hit, if it hit one: the disk, and where in bytes.
+    pub fn struck(&self) -> Option<(String, u64)> {
+        self.state().struck.clone()
+    }
     /// Turns over one bit of a disk's medium, behind everybody's back.
     pub fn rot(&self, name: &str, byte: u64, bit: u8) {
         let mut state = self.state();
@@ -324,7 +329,11 @@ impl Storage for CrashDisk {
     fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Res<()> {
         self.usable(offset, bytes.len())?;
         let mut state = self.world.state();
-        match state.call() {
+        let trouble = state.call();
+        if trouble.is_some() {
+            state.struck = Some((self.name.clone(), offset));
+        }
+        match trouble {
             None => state.write(&self.name, offset, bytes),
             Some(Trouble::Lies) => Ok(()),
             Some(Trouble::FlipsABit) => {
@@ -385,6 +394,8 @@ impl Storage for CrashDisk {
 pub struct Limits {
     /// All subsets of up to this many unflushed writes; above it, `samples` of them.
     pub writes_max: usize,
+    /// How many ways of tearing one write are shown; if there are more, evenly chosen ones.
+    pub tears_max: usize,
     /// Number of random states (sector by sector, and of subsets where there are too many) at each place in the log.
     pub samples: usize,
     /// Where the random ones begin.
@@ -486,7 +497,7 @@ fn one_place(media: &Disks, pending: &[Pending], newest: bool, limits: Limits, v
     // 2. One write torn: each beginning of it, and each single sector missing; the others all there, none there, or some.
     for (torn, write) in pending.iter().enumerate() {
         let sectors = write.2.len().div_ceil(SECTOR_BYTES);
-        for shape in 0..2 * sectors {
+        for shape in (0..2 * sectors).step_by((2 * sectors).div_ceil(limits.tears_max.max(1)).max(1)) {
             let kept = |sector: usize| match shape < sectors {
                 true => sector < shape,
                 false => sector != shape - sectors,

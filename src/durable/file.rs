@@ -1,8 +1,8 @@
 //! A preallocated file as storage: direct I/O, so that what is read comes from the medium and not from memory.
 
+use crate::durable::Storage;
 use crate::durable::aligned::{ALIGN_BYTES, AlignedBuf};
 use crate::durable::names::{dir_of, flush_dir, temporary};
-use crate::durable::Storage;
 use crate::model::{Code, Fault, Res};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
@@ -34,7 +34,7 @@ impl FileStorage {
     /// A new file takes its name only when it is whole:
     /// 1. create `.NAME.new`  2. allocate all of it  3. flush it  4. rename to NAME  5. flush the directory.
     pub fn open_or_create(path: &Path, len_bytes: u64) -> Res<(FileStorage, bool)> {
-        if len_bytes == 0 || len_bytes % ALIGN_BYTES as u64 != 0 {
+        if len_bytes == 0 || !len_bytes.is_multiple_of(ALIGN_BYTES as u64) {
             let cause = format!("a length of {len_bytes} bytes is not a multiple of {ALIGN_BYTES}");
             return Err(Fault::new(Code::BadArgument, path.display().to_string(), cause, "round the size up"));
         }
@@ -143,7 +143,7 @@ impl FileStorage {
     /// Whether the kernel takes this transfer as it is.
     fn fits(&self, offset: u64, address: *const u8, len: usize) -> bool {
         let all = offset | address as u64 | len as u64;
-        !self.direct || all % ALIGN_BYTES as u64 == 0
+        !self.direct || all.is_multiple_of(ALIGN_BYTES as u64)
     }
 
     /// Cuts an unaligned transfer into aligned pieces: (offset, length of the piece; where in it and how much is wanted).

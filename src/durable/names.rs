@@ -50,10 +50,11 @@ pub fn replace_file(path: &Path, bytes: &[u8]) -> Res<()> {
         _ => {}
     }
     let flags = libc::O_CLOEXEC | libc::O_NOFOLLOW;
-    let written = OpenOptions::new().write(true).create_new(true).mode(0o600).custom_flags(flags).open(&new).and_then(|mut file| {
-        file.write_all(bytes)?;
-        file.sync_all()
-    });
+    let written =
+        OpenOptions::new().write(true).create_new(true).mode(0o600).custom_flags(flags).open(&new).and_then(|mut file| {
+            file.write_all(bytes)?;
+            file.sync_all()
+        });
     if let Err(error) = written.and_then(|()| std::fs::rename(&new, path)) {
         let _ = std::fs::remove_file(&new);
         return Err(fail(path, &error));
@@ -79,18 +80,25 @@ pub fn private_dir(path: &Path) -> Res<()> {
         Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
         Err(error) => return Err(fail(path, &error)),
     }
-    let unsafe_because = |cause: String, next: String| Err(Fault::new(Code::StateDirUnsafe, path.display().to_string(), cause, next));
+    let unsafe_because =
+        |cause: String, next: String| Err(Fault::new(Code::StateDirUnsafe, path.display().to_string(), cause, next));
     let meta = std::fs::symlink_metadata(path).map_err(|error| fail(path, &error))?;
     if !meta.file_type().is_dir() {
         return unsafe_because("it is not a directory".into(), "move it away, or configure another directory".into());
     }
     let us = nix::unistd::geteuid().as_raw();
     if meta.uid() != us {
-        return unsafe_because(format!("it belongs to user {}, not to {us}", meta.uid()), format!("chown {us} it, after looking inside"));
+        return unsafe_because(
+            format!("it belongs to user {}, not to {us}", meta.uid()),
+            format!("chown {us} it, after looking inside"),
+        );
     }
     match meta.mode() & 0o077 {
         0 => Ok(()),
-        _ => unsafe_because(format!("others may enter it (mode {:04o})", meta.mode() & 0o7777), "chmod 0700 it, after looking inside".into()),
+        _ => unsafe_because(
+            format!("others may enter it (mode {:04o})", meta.mode() & 0o7777),
+            "chmod 0700 it, after looking inside".into(),
+        ),
     }
 }
 

@@ -206,7 +206,6 @@ impl Run<'_, '_> {
                         apply::apply(stage.journal, one, &run.spec, stage.replicas, stage.engine, stage.ledger)?;
                         count += 1;
                     }
-                    run.stage.journal.release(one.position())?;
                 }
                 Ok((count > 0, format!("{count} applied")))
             })?;
@@ -217,6 +216,11 @@ impl Run<'_, '_> {
                 run.stage.journal.abandon()?;
                 Ok((open.is_some(), open.map(|(position, bytes)| format!("{position}, {bytes} bytes")).unwrap_or_default()))
             })?;
+        }
+        // A crash may have come between an apply and its release.
+        let done = applied(self);
+        if sealed.iter().any(|one| one.position() <= done) {
+            self.stage.journal.release(done)?;
         }
         let record = self.stage.ledger.record().ok_or_else(|| Fault::internal("the group's ledger", "it has no record"))?;
         if record.role == Role::Promoting && record.applied != plan.position {

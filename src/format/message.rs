@@ -46,7 +46,7 @@ const DEFINE: u16 = 3;
 const CHUNKS: u16 = 6;
 const DIGESTS: u16 = 14;
 const IMAGE_BYTES: u16 = 18;
-const LAST_KIND: u16 = 23;
+const LAST_KIND: u16 = 24;
 
 /// What a connection is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -87,6 +87,10 @@ fn message() -> impl Strategy<Value = Message> {
         prop::option::of(any::<u64>()).prop_map(|from_byte| Message::ImageWanted { from_byte }),
         bytes(300).prop_map(|bytes| Message::ImageBytes { bytes }),
         fault().prop_map(|fault| Message::Refused { fault }),
+        (any::<u64>(), any::<u64>(), any::<u64>()).prop_map(|(epoch, generation, at)| Message::Unchanged {
+            position: Position { epoch, generation },
+            at: Moment(at),
+        }),
         prop::sample::select(vec![Message::Defined, Message::ImageEnd, Message::ImageReady, Message::Ping, Message::Pong]),
     ]
 }
@@ -254,9 +258,9 @@ fn a_header_out_of_range_is_refused_before_anything_is_allocated() {
     let cases: &[(&str, usize, &[u8])] = &[
         ("magic", 0, b"DBLX"),
         ("kind 0", 6, &[0, 0]),
-        ("kind 24", 6, &[24, 0]),
+        ("kind 25", 6, &[25, 0]),
         ("kind 65535", 6, &[255, 255]),
-        ("a ping of more than 64 KiB", 8, &(64u32 * 1024 + 1).to_le_bytes()),
+        ("a ping of more than 64 KiB", 8, &(64u32 * 1025 + 1).to_le_bytes()),
         ("a ping of 4 GiB", 8, &u32::MAX.to_le_bytes()),
         ("reserved", 16, &[1]),
         ("reserved", 19, &[1]),

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 nix::ioctl_read!(blk_get_size64, 0x12, 114, u64);
+nix::ioctl_read_bad!(blk_read_only, nix::request_code_none!(0x12, 94), libc::c_int);
 nix::ioctl_read!(blk_get_diskseq, 0x12, 128, u64);
 
 /// Major number of loop devices.
@@ -129,10 +130,14 @@ fn sectors_of(text: &str) -> Option<u64> {
 }
 
 /// An exclusive open of a device: while it lives nobody can mount it. `VOLUME_IN_USE` names who holds it, where known.
+/// Other errors: `IO_ERROR` (for one, a read-only device and `writable`), `NOT_A_BLOCK_IMAGE`.
 pub fn hold_exclusive(device: &Path, writable: bool) -> Res<OwnedFd> {
     // A short-lived prober (udev after an attach) may hold it for a moment.
     for tries in 0.. {
         match try_open(device, writable, libc::O_EXCL)? {
+            Ok(file) if writable && is_read_only(&file) => {
+                return Err(Fault::io(device.display().to_string(), &io::Error::from_raw_os_error(libc::EROFS)));
+            }
             Ok(file) => return Ok(file.into()),
             Err(error) if error.raw_os_error() != Some(libc::EBUSY) => {
                 return Err(Fault::io(device.display().to_string(), &error));
@@ -142,6 +147,14 @@ pub fn hold_exclusive(device: &Path, writable: bool) -> Res<OwnedFd> {
         }
     }
     Err(in_use(device, &open_device(device, false, 0)?))
+}
+
+/// The kernel lets a read-only device be opened for writing, and only the writes fail.
+fn is_read_only(device: &File) -> bool {
+    let mut read_only: libc::c_int = 0;
+    // SAFETY: BLKROGET writes one int to the place given.
+    let asked = unsafe { blk_read_only(device.as_raw_fd(), &raw mut read_only) };
+    asked.is_ok() && read_only != 0
 }
 
 /// `VOLUME_IN_USE` with everybody we can find.

@@ -204,7 +204,7 @@ pub struct Journal {
     /// Why nothing is taken any more until the journal is opened again.
     poisoned: Option<Fault>,
     corrupt: Option<Fault>,
-    /// Up to [`PIECE_BYTES`] of payload on their way.
+    /// Up to [`PIECE_BYTES`] of payload on their way; empty until the first generation comes.
     buffer: AlignedBuf,
     /// One block on its way.
     block: AlignedBuf,
@@ -215,7 +215,11 @@ pub struct Journal {
 
 impl std::fmt::Debug for Journal {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Journal").field("group", &self.group).field("tip", &self.tip).field("held", &self.held).finish_non_exhaustive()
+        f.debug_struct("Journal")
+            .field("group", &self.group)
+            .field("tip", &self.tip)
+            .field("held", &self.held)
+            .finish_non_exhaustive()
     }
 }
 
@@ -257,6 +261,9 @@ impl Journal {
                 Base::File(position)
             }
         };
+        if self.buffer.is_empty() {
+            self.buffer = AlignedBuf::new(PIECE_BYTES);
+        }
         self.open = Some(Open {
             position,
             parent,
@@ -285,7 +292,10 @@ impl Journal {
         self.usable()?;
         let Some(open) = &mut self.open else { return Err(not_open()) };
         if records.len() as u64 > open.max_bytes - open.payload_bytes() {
-            return Err(Fault::protocol(format!("generation {} is longer than the {} bytes announced", open.position, open.max_bytes)));
+            return Err(Fault::protocol(format!(
+                "generation {} is longer than the {} bytes announced",
+                open.position, open.max_bytes
+            )));
         }
         check_records(records, volumes, &mut self.plain)?;
         open.hasher.update(records);
@@ -333,7 +343,12 @@ impl Journal {
     pub fn read(&self, sealed: &Sealed, sink: &mut dyn FnMut(&[u8]) -> Res<()>) -> Res<()> {
         let Some(held) = self.held.iter().find(|held| held.sealed == *sealed && !held.released) else {
             let thing = format!("generation {}", sealed.position);
-            return Err(Fault::new(Code::NothingCommitted, thing, "the journal does not hold it", "ask for the ones that it does hold"));
+            return Err(Fault::new(
+                Code::NothingCommitted,
+                thing,
+                "the journal does not hold it",
+                "ask for the ones that it does hold",
+            ));
         };
         let storage = self.storage(held.base)?;
         let corrupt = |cause: &str| {
@@ -341,22 +356,23 @@ impl Journal {
             Fault::new(Code::Corrupt, format!("generation {} in the journal", sealed.position), cause, next)
         };
         // [ the rest of the last piece | a new piece, read to an aligned address ]
-        let mut buffer = AlignedBuf::new(PIECE_BYTES);
-        let piece_bytes = PIECE_BYTES - CARRY_BYTES;
+        let piece_bytes = piece_of(sealed.payload_bytes).min(PIECE_BYTES - CARRY_BYTES);
+        let carry_bytes = CARRY_BYTES.min(piece_bytes);
+        let mut buffer = AlignedBuf::new(carry_bytes + piece_bytes);
         let (mut done, mut carried, mut hasher) = (0u64, 0usize, blake3::Hasher::new());
         while done < sealed.payload_bytes {
             let len = (sealed.payload_bytes - done).min(piece_bytes as u64) as usize;
             let padded = len.next_multiple_of(JOURNAL_BLOCK_BYTES);
-            storage.read_at(held.base.offset() + BLOCK + done, &mut buffer[CARRY_BYTES..CARRY_BYTES + padded])?;
-            hasher.update(&buffer[CARRY_BYTES..CARRY_BYTES + len]);
+            storage.read_at(held.base.offset() + BLOCK + done, &mut buffer[carry_bytes..carry_bytes + padded])?;
+            hasher.update(&buffer[carry_bytes..carry_bytes + len]);
             done += len as u64;
-            let (start, end) = (CARRY_BYTES - carried, CARRY_BYTES + len);
+            let (start, end) = (carry_bytes - carried, carry_bytes + len);
             let whole = whole_records(&buffer[start..end]).ok_or_else(|| corrupt("what stands in it are not change records"))?;
             if whole > 0 {
                 sink(&buffer[start..start + whole])?;
             }
             carried = end - start - whole;
-            buffer.copy_within(start + whole..end, CARRY_BYTES - carried);
+            buffer.copy_within(start + whole..end, carry_bytes - carried);
         }
         match carried == 0 && Digest(*hasher.finalize().as_bytes()) == sealed.payload_digest {
             true => Ok(()),
@@ -383,7 +399,8 @@ impl Journal {
 
     /// Bytes in use and in all.
     pub fn fill(&self) -> (u64, u64) {
-        let sealed: u64 = self.held.iter().filter(|held| !held.released).filter_map(Held::extent).map(|(from, to)| to - from).sum();
+        let sealed: u64 =
+            self.held.iter().filter(|held| !held.released).filter_map(Held::extent).map(|(from, to)| to - from).sum();
         let open = self.open.as_ref().filter(|open| matches!(open.base, Base::Ring(_))).and_then(|open| span(open.max_bytes));
         (sealed + open.unwrap_or(0), self.ring_end() - RING_START)
     }
@@ -410,7 +427,12 @@ impl Journal {
         }
         if self.held.iter().any(|held| !held.released) {
             let next = "apply them first";
-            return Err(Fault::new(Code::GroupBusy, self.thing(), "intact generations before the missing one wait to be applied", next));
+            return Err(Fault::new(
+                Code::GroupBusy,
+                self.thing(),
+                "intact generations before the missing one wait to be applied",
+                next,
+            ));
         }
         self.abandon()?;
         self.lineage = open::new_lineage()?;
@@ -437,7 +459,12 @@ impl Journal {
     }
 
     fn broken(&self, position: Position, cause: String) -> Fault {
-        Fault::new(Code::ChainBroken, format!("generation {position}"), cause, "the primary asks where this side stands and goes on from there")
+        Fault::new(
+            Code::ChainBroken,
+            format!("generation {position}"),
+            cause,
+            "the primary asks where this side stands and goes on from there",
+        )
     }
 
     /// A failed write or flush of a superblock, a mark or a COMMIT leaves the medium in one of two states. Only reading it back
@@ -445,7 +472,8 @@ impl Journal {
     fn or_poison<T>(&mut self, result: Res<T>) -> Res<T> {
         if let Err(fault) = &result {
             let cause = format!("what it holds is in doubt after: {}", fault.cause);
-            self.poisoned = Some(Fault::new(Code::FlushFailed, self.thing(), cause, "it must be opened again: restart the agent"));
+            self.poisoned =
+                Some(Fault::new(Code::FlushFailed, self.thing(), cause, "it must be opened again: restart the agent"));
         }
         result
     }
@@ -479,7 +507,7 @@ impl Journal {
     /// 1. write the older superblock slot  2. flush  3. only then reuse the room, and remove overflow files.
     fn advance(&mut self, rebase: Option<(Position, Digest)>) -> Res<()> {
         let count = self.held.iter().take_while(|held| held.released).count();
-        let last = self.held.iter().take(count).last().map(|held| (held.sealed.position, held.sealed.digest));
+        let last = self.held.iter().take(count).next_back().map(|held| (held.sealed.position, held.sealed.digest));
         let floor = rebase.or(last).unwrap_or(self.floor);
         let held = self.held.iter().skip(count).find_map(Held::extent).map(|(from, _)| from);
         let open = self.open.as_ref().and_then(|open| match open.base {
@@ -591,6 +619,11 @@ fn whole_records(bytes: &[u8]) -> Option<usize> {
         }
     }
     Some(whole)
+}
+
+/// How much of a payload is read at once, in bytes: all of it rounded up to blocks, or a piece.
+fn piece_of(payload_bytes: u64) -> usize {
+    payload_bytes.min(PIECE_BYTES as u64).next_multiple_of(BLOCK) as usize
 }
 
 /// The digest of `payload_bytes` of payload as they stand on the medium.

@@ -5,7 +5,8 @@
 //! 3. read the marks
 //! 4. walk the chain from the superblock's floor, one decision per place
 //! 5. judge the end of the chain
-//! 6. only if nothing is missing: mend a damaged superblock, remove overflow files that nothing leads to
+//! 6. only if nothing is missing: mend a damaged superblock and a missing COMMIT (a mark alone commits a generation only until
+//!    two later ones have taken its place), flush; remove overflow files that nothing leads to
 //!
 //! Every step can be repeated; a crash in any of them leaves what the next opening judges alike.
 
@@ -14,7 +15,7 @@ use crate::format::{Commit, Found, GenerationHead, JOURNAL_BLOCK_BYTES, SECTOR_B
 use crate::journal::recovery::{Decision, End, Ending, Place};
 use crate::journal::seal::ORDER;
 use crate::journal::{
-    BLOCK, Base, Held, Journal, MARKS, Overflow, PIECE_BYTES, RING_START, Recovered, Sealed, payload_digest, span,
+    BLOCK, Base, Held, Journal, MARKS, Overflow, RING_START, Recovered, Sealed, payload_digest, piece_of, span,
 };
 use crate::model::{Code, Digest, Fault, GroupId, Position, Res, Uuid};
 use std::collections::BTreeMap;
@@ -40,7 +41,12 @@ impl Journal {
     /// Errors: `IDENTITY_CHANGED` when the ring is another group's or has another length than it was made with,
     /// `VERSION_MISMATCH` when a newer program wrote it, `CORRUPT` when neither superblock can be read, `BAD_ARGUMENT` when the
     /// ring is too small, `IO_ERROR`. A missing generation is no error of the call but [`Recovered::corrupt`].
-    pub fn open(group: GroupId, mut ring: Box<dyn Storage>, mut overflow: Box<dyn Overflow>, applied: Position) -> Res<(Journal, Recovered)> {
+    pub fn open(
+        group: GroupId,
+        mut ring: Box<dyn Storage>,
+        mut overflow: Box<dyn Overflow>,
+        applied: Position,
+    ) -> Res<(Journal, Recovered)> {
         if ring.len_bytes() < RING_START + 3 * BLOCK {
             let cause = format!("{} bytes are too few for a ring", ring.len_bytes());
             return Err(Fault::new(Code::BadArgument, format!("the journal of group {group}"), cause, "give it at least 64 KiB"));
@@ -69,7 +75,7 @@ impl Journal {
             open: None,
             poisoned: None,
             corrupt: None,
-            buffer: AlignedBuf::new(PIECE_BYTES),
+            buffer: AlignedBuf::new(0),
             block: AlignedBuf::new(JOURNAL_BLOCK_BYTES),
             plain: Vec::new(),
             order: ORDER,
@@ -91,9 +97,12 @@ impl Journal {
         journal.cursor = newest.tail;
         let other_whole = slots.iter().all(|slot| slot.whole().is_some());
         let damaged = slots.iter().any(|slot| matches!(slot, Found::Damaged));
-        let mut recovered = journal.walk(applied, damaged)?;
+        let (mut recovered, uncommitted) = journal.walk(applied, damaged)?;
         if recovered.corrupt.is_none() {
-            journal.corrupt = None;
+            for Candidate { head, base } in &uncommitted {
+                journal.write_commit(*base, head)?;
+                journal.flush_base(*base)?;
+            }
             if !other_whole {
                 // The same words once more, so that one bad sector later cannot lead back to an older state.
                 journal.write_superblock(journal.floor, newest.tail)?;
@@ -128,20 +137,26 @@ impl Journal {
     }
 
     fn fault(&self, cause: String) -> Fault {
-        Fault::new(Code::Corrupt, self.thing(), cause, "apply what is intact, then compare the volumes in full: run `doublure sync`")
+        Fault::new(
+            Code::Corrupt,
+            self.thing(),
+            cause,
+            "apply what is intact, then compare the volumes in full: run `doublure sync`",
+        )
     }
 
-    fn walk(&mut self, applied: Position, damaged: bool) -> Res<Recovered> {
+    /// Returns what was found, and those kept whose own COMMIT is not there.
+    fn walk(&mut self, applied: Position, damaged: bool) -> Res<(Recovered, Vec<Candidate>)> {
         let mut recovered = Recovered { sealed: Vec::new(), dropped: Vec::new(), corrupt: None, flush_not_kept: false };
         let marks = self.marks()?;
         self.mark_sequence = marks.iter().map(|mark| mark.sequence).max().unwrap_or(0);
-        let mut buffer = std::mem::replace(&mut self.buffer, AlignedBuf::new(0));
+        let mut uncommitted = Vec::new();
         loop {
             let mut found: Option<(Decision, Candidate)> = None;
             let mut dropped = Vec::new();
             for base in self.places() {
                 let Some(candidate) = self.candidate(base)? else { continue };
-                let decision = self.judge(&candidate, &marks, applied, &mut buffer)?;
+                let decision = self.judge(&candidate, &marks, applied)?;
                 match decision {
                     Decision::Nothing => {}
                     Decision::Drop | Decision::DropUnkept => dropped.push((decision, candidate)),
@@ -155,12 +170,14 @@ impl Journal {
                     }
                 }
             }
-            let Some((decision, Candidate { head, base })) = found else {
+            let Some((decision, candidate)) = found else {
                 self.end(applied, damaged, &marks, dropped, &mut recovered)?;
                 break;
             };
+            let Candidate { head, base } = candidate;
             if decision == Decision::Corrupt {
-                recovered.corrupt = Some(self.fault(format!("generation {} was committed and its bytes are damaged", head.position)));
+                recovered.corrupt =
+                    Some(self.fault(format!("generation {} was committed and its bytes are damaged", head.position)));
                 break;
             }
             let held = Held { sealed: Sealed::of(&head), base, released: decision == Decision::Pass };
@@ -170,11 +187,13 @@ impl Journal {
             self.tip = (head.position, head.digest);
             if !held.released {
                 recovered.sealed.push(held.sealed.clone());
+                if !self.commit_of(&candidate)? {
+                    uncommitted.push(candidate);
+                }
             }
             self.held.push_back(held);
         }
-        self.buffer = buffer;
-        Ok(recovered)
+        Ok((recovered, uncommitted))
     }
 
     /// Where the next generation of the chain can stand.
@@ -204,7 +223,7 @@ impl Journal {
         Ok((fits && named && ours).then_some(Candidate { head, base }))
     }
 
-    fn judge(&mut self, candidate: &Candidate, marks: &[Commit], applied: Position, buffer: &mut AlignedBuf) -> Res<Decision> {
+    fn judge(&mut self, candidate: &Candidate, marks: &[Commit], applied: Position) -> Res<Decision> {
         let Candidate { head, base } = candidate;
         let chains = (head.parent, head.parent_digest) == self.tip && head.position > self.tip.0;
         let mut place = Place {
@@ -217,22 +236,32 @@ impl Journal {
         };
         if place.needs_payload() {
             // A sector that cannot be read is as bad as one that reads wrong, and says so in the kernel's log.
-            let digest = payload_digest(self.storage(*base)?, *base, head.payload_bytes, buffer);
+            let mut buffer = AlignedBuf::new(piece_of(head.payload_bytes));
+            let digest = payload_digest(self.storage(*base)?, *base, head.payload_bytes, &mut buffer);
             place.intact = digest.is_ok_and(|digest: Digest| digest == head.payload_digest);
         }
         Ok(place.decide())
     }
 
-    /// Whether the COMMIT at the generation's end names it.
-    fn commit_of(&mut self, Candidate { head, base }: &Candidate) -> Res<bool> {
+    fn commit_of(&mut self, candidate: &Candidate) -> Res<bool> {
+        self.commit_stands(candidate.base, &candidate.head)
+    }
+
+    /// Whether the COMMIT at a generation's end names its header.
+    pub(super) fn commit_stands(&mut self, base: Base, head: &GenerationHead) -> Res<bool> {
         let Some(span) = span(head.payload_bytes) else { return Ok(false) };
-        let sector = self.sector(*base, base.offset() + span - BLOCK)?;
+        let sector = self.sector(base, base.offset() + span - BLOCK)?;
         Ok(Commit::decode(&sector).whole().is_some_and(|commit| commit.names(head)))
     }
 
     /// What is said when no place continues the chain.
     fn end(
-        &mut self, applied: Position, damaged: bool, marks: &[Commit], dropped: Vec<(Decision, Candidate)>, recovered: &mut Recovered,
+        &mut self,
+        applied: Position,
+        damaged: bool,
+        marks: &[Commit],
+        dropped: Vec<(Decision, Candidate)>,
+        recovered: &mut Recovered,
     ) -> Res<()> {
         let mut last = marks.iter().map(|mark| mark.position).max();
         for base in self.places().into_iter().filter(|base| matches!(base, Base::File(_))) {
@@ -254,7 +283,9 @@ impl Journal {
             Ending::Whole => {
                 for (decision, Candidate { head, base }) in dropped {
                     let why = match decision {
-                        Decision::DropUnkept => "it was not committed, and the disk has not kept its payload although it flushed it",
+                        Decision::DropUnkept => {
+                            "it was not committed, and the disk has not kept its payload although it flushed it"
+                        }
                         _ => "it was not committed",
                     };
                     recovered.dropped.push(format!("generation {}: {why}", head.position));
@@ -324,7 +355,9 @@ fn superblock(ring: &dyn Storage, slot: u64, group: GroupId, block: &mut Aligned
             let cause = format!("the ring was made with {} bytes and has {} now", superblock.ring_bytes, ring.len_bytes());
             Err(Fault::new(Code::IdentityChanged, thing, cause, "put the file back as it was"))
         }
-        Found::Whole(superblock) if superblock.tail < RING_START || superblock.tail % BLOCK != 0 || superblock.tail >= ring.len_bytes() => {
+        Found::Whole(superblock)
+            if superblock.tail < RING_START || superblock.tail % BLOCK != 0 || superblock.tail >= ring.len_bytes() =>
+        {
             Ok(Found::Damaged)
         }
         _ => Ok(found),

@@ -7,7 +7,7 @@
 //! 5. flush
 //! 6. read header and payload back from the medium and compare
 //! 7. write COMMIT at the generation's end, and the same words into the older mark
-//! 8. flush: from here on it is sealed
+//! 8. flush, and read COMMIT back: from here on it is sealed
 //!
 //! Why each is where it is: 6 comes after 5, so that it reads what a power cut would leave; 7 comes after 6, so that neither COMMIT
 //! nor mark ever names what is not there (either of them alone is enough for recovery, so one bad sector loses nothing). 3 would
@@ -66,7 +66,12 @@ impl Journal {
         if arrived != (payload_bytes, payload_digest) {
             self.drop_open();
             let cause = format!("{} bytes arrived and they are not the {payload_bytes} bytes that were sent", arrived.0);
-            return Err(Fault::new(Code::Corrupt, format!("generation {}", head.position), cause, "it is dropped and sent again"));
+            return Err(Fault::new(
+                Code::Corrupt,
+                format!("generation {}", head.position),
+                cause,
+                "it is dropped and sent again",
+            ));
         }
         for step in self.order {
             if let Err(fault) = self.step(*step, base, &head) {
@@ -103,20 +108,9 @@ impl Journal {
             }
             Step::ReadBack => self.read_back(base, head),
             Step::Commit => {
+                self.write_commit(base, head)?;
                 let sequence = self.mark_sequence + 1;
-                let mark = Commit {
-                    group: head.group,
-                    lineage: head.lineage,
-                    position: head.position,
-                    offset: head.offset,
-                    sequence,
-                    head_digest: head.own_digest(),
-                    digest: head.digest,
-                };
-                let commit = Commit { sequence: 0, ..mark };
-                let end = base.offset() + span(head.payload_bytes).unwrap_or(0);
-                self.write_block(base, end - BLOCK, &commit.encode())?;
-                self.write_ring_block(MARKS + (sequence - 1) % 2 * BLOCK, &mark.encode())?;
+                self.write_ring_block(MARKS + (sequence - 1) % 2 * BLOCK, &Commit::of(head, sequence).encode())?;
                 self.mark_sequence = sequence;
                 Ok(())
             }
@@ -124,12 +118,26 @@ impl Journal {
                 if let Base::File(_) = base {
                     self.flush_base(base)?;
                 }
-                self.ring.flush()
+                self.ring.flush()?;
+                // A disk that swallowed it: the mark still commits, and opening again mends it.
+                match self.commit_stands(base, head)? {
+                    true => Ok(()),
+                    false => {
+                        let cause = "the journal's disk does not give its COMMIT back";
+                        Err(Fault::new(Code::Corrupt, format!("generation {}", head.position), cause, "restart the agent"))
+                    }
+                }
             }
         }
     }
 
-    fn flush_base(&mut self, base: Base) -> Res<()> {
+    /// Writes COMMIT at the generation's end.
+    pub(super) fn write_commit(&mut self, base: Base, head: &GenerationHead) -> Res<()> {
+        let end = base.offset() + span(head.payload_bytes).unwrap_or(0);
+        self.write_block(base, end - BLOCK, &Commit::of(head, 0).encode())
+    }
+
+    pub(super) fn flush_base(&mut self, base: Base) -> Res<()> {
         match base {
             Base::Ring(_) => self.ring.flush(),
             Base::File(position) => self.files.get_mut(&position).ok_or_else(not_open)?.flush(),

@@ -107,7 +107,9 @@ impl Known {
         while at < end {
             let Some(data) = self.seek(at, libc::SEEK_DATA)? else { break };
             let hole = self.seek(data, libc::SEEK_HOLE)?.unwrap_or(end).min(end);
-            for index in (data.max(HEADER_BYTES) - HEADER_BYTES) / DIGEST_BYTES as u64..(hole - HEADER_BYTES).div_ceil(DIGEST_BYTES as u64) {
+            for index in
+                (data.max(HEADER_BYTES) - HEADER_BYTES) / DIGEST_BYTES as u64..(hole - HEADER_BYTES).div_ceil(DIGEST_BYTES as u64)
+            {
                 if index < self.blocks && self.get(index) != BlockDigest::ZERO {
                     set.insert(BlockRun { start: index, count: 1 });
                 }
@@ -141,7 +143,12 @@ impl Known {
     pub fn check(&self, run: BlockRun) -> Res<()> {
         match run.start.checked_add(run.count) {
             Some(end) if end <= self.blocks => Ok(()),
-            _ => Err(Fault::new(Code::Internal, "digest map", format!("{run:?} is past {} blocks", self.blocks), "please report this")),
+            _ => Err(Fault::new(
+                Code::Internal,
+                "digest map",
+                format!("{run:?} is past {} blocks", self.blocks),
+                "please report this",
+            )),
         }
     }
 }
@@ -170,7 +177,10 @@ mod tests {
         assert_eq!(known.get(5_001), BlockDigest([1; 16]));
         assert_eq!(known.get(7_001), BlockDigest::UNKNOWN);
         let set = known.nonzero().unwrap();
-        assert_eq!(set.runs(99).collect::<Vec<_>>(), vec![BlockRun { start: 5_000, count: 2 }, BlockRun { start: 7_000, count: 2 }]);
+        assert_eq!(
+            set.runs(99).collect::<Vec<_>>(),
+            vec![BlockRun { start: 5_000, count: 2 }, BlockRun { start: 7_000, count: 2 }]
+        );
         assert!(known.set(9_999, &[1; 32]).is_err());
         drop(known);
         let (known, fresh) = Known::open(&path, 10_000, about).unwrap();

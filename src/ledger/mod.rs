@@ -4,8 +4,22 @@
 //! Never decides what may be written into it.
 //! Assumes the notes headed F in `kernel-notes.md`.
 
-use crate::durable::Storage;
-use crate::format::{Found, LedgerHead, SECTOR_BYTES};
+//!
+//! Two slots of [`SLOT_BYTES`], written in turn. Each holds the record twice if it fits twice, so that one bad sector of the
+//! newest slot does not bring an older record (an older epoch!) back:
+//!
+//! ```text
+//! slot:  header 4 KiB | record ...      half a slot further, again:  header 4 KiB | record ...
+//! ```
+//!
+//! A commit, in this order:
+//! 1. write the slot that does not hold the current record  2. flush  3. read it back and compare. Only then it counts.
+//!
+//! The very first commit goes to both slots, one after the other: a damaged slot beside one that was never written is then always
+//! a first commit that a crash cut off.
+
+use crate::durable::{ALIGN_BYTES, AlignedBuf, Storage};
+use crate::format::{Found, LedgerHead, SECTOR_BYTES, Sector};
 use crate::model::{Code, Digest, Fault, GroupSpec, Moment, Position, Res, Role};
 use serde::{Deserialize, Serialize};
 
@@ -41,130 +55,191 @@ pub struct Record {
     pub last_failover: Option<serde_json::Value>,
 }
 
+/// Length of a slot in bytes.
+pub const SLOT_BYTES: u64 = 1 << 20;
+/// Length of the ledger's storage in bytes.
+pub const STORAGE_BYTES: u64 = 2 * SLOT_BYTES;
+/// Largest encoded record, in bytes.
+pub const RECORD_BYTES_MAX: u64 = SLOT_BYTES - HEADER_BYTES;
+
+/// What stands before a record, in bytes.
+const HEADER_BYTES: u64 = ALIGN_BYTES as u64;
+/// Where the second copy stands in a slot, in bytes.
+const COPY: u64 = SLOT_BYTES / 2;
+
 /// The ledger of one group on this host.
-///
-/// Two slots of [`SLOT_BYTES`]: a header of one sector, then, from the next 4 KiB on, the record as JSON (bytes:
-/// `format::LedgerHead`).
 pub struct Ledger {
     storage: Box<dyn Storage>,
-    record: Option<Record>,
-    /// Sequence of the slot that counts; 0 = none. Slots are written in turn, so sequence modulo 2 names the slot.
+    current: Option<Record>,
+    /// Of the current record; 0 = none yet.
     sequence: u64,
-    /// A failed commit leaves it unknown what the slots hold: nothing more is written before they were read again.
-    failed: Option<Fault>,
+    poisoned: Option<Fault>,
 }
 
-/// Largest encoded record with its header, in bytes; a slot is this large.
-pub const SLOT_BYTES: u64 = 1 << 20;
-const RECORD_AT: u64 = 4096;
+impl std::fmt::Debug for Ledger {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ledger").field("sequence", &self.sequence).finish_non_exhaustive()
+    }
+}
 
+/// What was found in one slot.
 enum Slot {
     Blank,
     Damaged,
-    Newer(u16),
-    Whole(u64, Box<Record>),
+    Valid(u64, Box<Record>),
 }
 
 impl Ledger {
-    /// Opens it: `None` when neither slot was ever written; `CORRUPT` when slots were written and none is valid;
-    /// `VERSION_MISMATCH` when a newer version wrote it.
-    pub fn open(storage: Box<dyn Storage>) -> Res<(Ledger, Option<Record>)> {
-        let slots = [read_slot(storage.as_ref(), 0)?, read_slot(storage.as_ref(), 1)?];
-        let mut ledger = Ledger { storage, record: None, sequence: 0, failed: None };
-        let mut written = false;
-        for slot in slots {
-            match slot {
-                Slot::Blank => {}
-                Slot::Damaged => written = true,
-                Slot::Newer(version) => {
-                    let cause = format!("version {version} of doublure wrote it");
-                    return Err(Fault::new(Code::VersionMismatch, "the group's ledger", cause, "use that version or a later one"));
+    /// Opens it: `None` when no commit was ever finished; `CORRUPT` when there was one and no slot is valid.
+    ///
+    /// Further errors: `BAD_ARGUMENT` when the storage is shorter than [`STORAGE_BYTES`], `VERSION_MISMATCH` when a newer program
+    /// wrote it, `IO_ERROR`. What is found is flushed first, so that it can be relied on.
+    pub fn open(mut storage: Box<dyn Storage>) -> Res<(Ledger, Option<Record>)> {
+        if storage.len_bytes() < STORAGE_BYTES {
+            let cause = format!("its storage has {} bytes", storage.len_bytes());
+            return Err(Fault::new(Code::BadArgument, "the ledger", cause, format!("give it {STORAGE_BYTES} bytes")));
+        }
+        storage.flush()?;
+        let slots = [read_slot(&*storage, 0)?, read_slot(&*storage, 1)?];
+        let (sequence, current) = match slots {
+            [Slot::Valid(a, record), Slot::Valid(b, newer)] => {
+                if b > a {
+                    (b, Some(*newer))
+                } else {
+                    (a, Some(*record))
                 }
-                Slot::Whole(sequence, record) if sequence > ledger.sequence => {
-                    (ledger.sequence, ledger.record) = (sequence, Some(*record));
-                }
-                Slot::Whole(..) => {}
             }
+            [Slot::Valid(sequence, record), _] | [_, Slot::Valid(sequence, record)] => (sequence, Some(*record)),
+            [Slot::Blank | Slot::Damaged, Slot::Blank] => (0, None),
+            [_, Slot::Damaged] => {
+                let next = "restore the state directory from a backup, or set the group up again";
+                return Err(Fault::new(Code::Corrupt, "the ledger", "neither of its two slots is whole", next));
+            }
+        };
+        let mut ledger = Ledger { storage, current: None, sequence, poisoned: None };
+        if let Some(record) = &current
+            && sequence == 1
+        {
+            // The first commit was cut off between its two slots: it is finished now.
+            ledger.write(record)?;
         }
-        // One slot damaged and the other blank is a first commit that was torn: nothing was ever promised by it. Two damaged
-        // ones cannot come from one crash.
-        let torn_first = written && ledger.record.is_none() && matches!(read_slot(ledger.storage.as_ref(), 0)?, Slot::Blank);
-        if written && ledger.record.is_none() && !torn_first {
-            return Err(Fault::new(
-                Code::Corrupt,
-                "the group's ledger",
-                "neither of its slots is whole",
-                "restore its file from a backup of the state directory, or protect the group again",
-            ));
-        }
-        let record = ledger.record.clone();
-        Ok((ledger, record))
+        ledger.current = current.clone();
+        Ok((ledger, current))
     }
 
     /// The committed record; `None` before the first commit.
     pub fn record(&self) -> Option<&Record> {
-        self.record.as_ref()
+        self.current.as_ref()
     }
 
-    /// Edits a copy and commits it durably; on an error the old record still counts, and after an error of the disk nothing more is
-    /// committed through this handle. An edit that changes nothing writes nothing.
+    /// Edits a copy and commits it durably; on an error the old record still counts and, if a write or flush failed, the ledger
+    /// is poisoned: which of the two records counts is found out by opening it again.
     ///
-    /// 1. The edit is made on a copy. 2. The older slot is written: record first, header after it, in one flush's reach.
-    /// 3. Flush. Only then does the copy count. A crash before leaves the newer slot as it was; a torn slot fails its digest.
+    /// `edit` must leave a record: `None` afterwards is `BAD_ARGUMENT`, as is one longer than [`RECORD_BYTES_MAX`].
     pub fn commit(&mut self, edit: &mut dyn FnMut(&mut Option<Record>) -> Res<()>) -> Res<&Record> {
-        if let Some(fault) = &self.failed {
+        if let Some(fault) = &self.poisoned {
             return Err(fault.clone());
         }
-        let mut next = self.record.clone();
-        edit(&mut next)?;
-        let Some(next) = next else { return Err(Fault::internal("the ledger", "an edit removed the record")) };
-        if self.record.as_ref() != Some(&next) {
-            let bytes = serde_json::to_vec(&next).map_err(|e| Fault::internal("the ledger", e.to_string()))?;
-            if bytes.len() as u64 > SLOT_BYTES - RECORD_AT {
-                let cause = format!("its record has {} bytes and may have {}", bytes.len(), SLOT_BYTES - RECORD_AT);
-                return Err(Fault::new(Code::BadArgument, "the group", cause, "protect fewer containers in one group"));
-            }
-            let sequence = self.sequence + 1;
-            if let Err(fault) = write_slot(self.storage.as_mut(), sequence, next.spec.id, bytes) {
-                self.failed = Some(fault.clone());
-                return Err(fault);
-            }
-            self.sequence = sequence;
+        let mut copy = self.current.clone();
+        edit(&mut copy)?;
+        let Some(record) = copy else {
+            return Err(Fault::new(
+                Code::BadArgument,
+                "the ledger",
+                "an edit took the record away",
+                "remove the ledger's file instead",
+            ));
+        };
+        let first = self.sequence == 0;
+        let mut written = self.write(&record);
+        if first && written.is_ok() {
+            written = self.write(&record);
         }
-        Ok(self.record.insert(next))
+        if let Err(fault) = written {
+            // A record that is too long never reached the storage.
+            if fault.code != Code::BadArgument {
+                let cause = format!("what it holds is in doubt after: {}", fault.cause);
+                self.poisoned =
+                    Some(Fault::new(Code::FlushFailed, "the ledger", cause, "it must be opened again: restart the agent"));
+            }
+            return Err(fault);
+        }
+        Ok(self.current.insert(record))
+    }
+
+    /// Steps 1 to 3 of a commit.
+    fn write(&mut self, record: &Record) -> Res<()> {
+        let json = serde_json::to_vec(record).map_err(|error| Fault::internal("the ledger's record", error.to_string()))?;
+        if json.len() as u64 > RECORD_BYTES_MAX {
+            let cause = format!("its record is {} bytes long, {RECORD_BYTES_MAX} are allowed", json.len());
+            return Err(Fault::new(Code::BadArgument, "the ledger", cause, "put fewer or smaller containers into the group"));
+        }
+        let sequence = self.sequence + 1;
+        let head = LedgerHead::of(record.spec.id, sequence, &json);
+        let mut image = AlignedBuf::new((HEADER_BYTES as usize + json.len()).next_multiple_of(ALIGN_BYTES));
+        image[..SECTOR_BYTES].copy_from_slice(&head.encode());
+        image[HEADER_BYTES as usize..][..json.len()].copy_from_slice(&json);
+        let slot = (sequence - 1) % 2;
+        self.storage.write_at(slot * SLOT_BYTES, &image)?;
+        if image.len() as u64 <= COPY {
+            self.storage.write_at(slot * SLOT_BYTES + COPY, &image)?;
+        }
+        self.storage.flush()?;
+        match read_slot(&*self.storage, slot)? {
+            Slot::Valid(found, same) if found == sequence && *same == *record => {
+                self.sequence = sequence;
+                Ok(())
+            }
+            _ => Err(Fault::new(
+                Code::Corrupt,
+                "the ledger",
+                "its disk gives back other bytes than were written",
+                "replace the disk",
+            )),
+        }
     }
 }
 
-fn write_slot(storage: &mut dyn Storage, sequence: u64, group: crate::model::GroupId, mut bytes: Vec<u8>) -> Res<()> {
-    let at = sequence % 2 * SLOT_BYTES;
-    let mut head = LedgerHead::of(group, sequence, &bytes).encode().to_vec();
-    head.resize(RECORD_AT as usize, 0);
-    bytes.resize(bytes.len().next_multiple_of(RECORD_AT as usize), 0);
-    storage.write_at(at + RECORD_AT, &bytes)?;
-    storage.write_at(at, &head)?;
-    storage.flush()
+/// Reads a slot: its first copy, else its second. A stale second copy (the first record was long, an older one short) has a lower
+/// sequence and is only taken when the first copy is damaged; then it is no newer than the other slot, unless both are damaged.
+fn read_slot(storage: &dyn Storage, slot: u64) -> Res<Slot> {
+    let mut found = Slot::Blank;
+    for copy in [0, COPY] {
+        match read_copy(storage, slot * SLOT_BYTES + copy, SLOT_BYTES - copy)? {
+            valid @ Slot::Valid(..) => return Ok(valid),
+            Slot::Damaged => found = Slot::Damaged,
+            Slot::Blank => {}
+        }
+    }
+    Ok(found)
 }
 
-fn read_slot(storage: &dyn Storage, index: u64) -> Res<Slot> {
-    let at = index * SLOT_BYTES;
-    let mut block = vec![0; RECORD_AT as usize];
-    storage.read_at(at, &mut block)?;
-    let mut sector = [0; SECTOR_BYTES];
-    sector.copy_from_slice(&block[..SECTOR_BYTES]);
+fn read_copy(storage: &dyn Storage, offset: u64, room: u64) -> Res<Slot> {
+    let mut block = AlignedBuf::new(HEADER_BYTES as usize);
+    storage.read_at(offset, &mut block)?;
+    let sector: Sector = std::array::from_fn(|i| block[i]);
     let head = match LedgerHead::decode(&sector) {
+        Found::Whole(head) if head.record_bytes <= room - HEADER_BYTES => head,
         Found::Blank => return Ok(Slot::Blank),
-        Found::Damaged => return Ok(Slot::Damaged),
-        Found::Newer(version) => return Ok(Slot::Newer(version)),
-        Found::Whole(head) => head,
+        Found::Whole(_) | Found::Damaged => return Ok(Slot::Damaged),
+        Found::Newer(version) => {
+            let cause = format!("it is of version {version}, which this program does not know");
+            return Err(Fault::new(
+                Code::VersionMismatch,
+                "the ledger",
+                cause,
+                "start the version that wrote it, or a later one",
+            ));
+        }
     };
-    if head.record_bytes > SLOT_BYTES - RECORD_AT || head.sequence % 2 != index {
+    let len = head.record_bytes as usize;
+    let mut bytes = AlignedBuf::new(len.next_multiple_of(ALIGN_BYTES));
+    storage.read_at(offset + HEADER_BYTES, &mut bytes)?;
+    if !head.names(&bytes[..len]) {
         return Ok(Slot::Damaged);
     }
-    let mut bytes = vec![0; (head.record_bytes as usize).next_multiple_of(RECORD_AT as usize)];
-    storage.read_at(at + RECORD_AT, &mut bytes)?;
-    bytes.truncate(head.record_bytes as usize);
-    match serde_json::from_slice::<Record>(&bytes) {
-        Ok(record) if head.names(&bytes) && record.spec.id == head.group => Ok(Slot::Whole(head.sequence, Box::new(record))),
+    match serde_json::from_slice::<Record>(&bytes[..len]) {
+        Ok(record) if record.spec.id == head.group => Ok(Slot::Valid(head.sequence, Box::new(record))),
         _ => Ok(Slot::Damaged),
     }
 }

@@ -23,9 +23,9 @@ use tokio_rustls::TlsStream;
 
 /// `send` blocks while so many bytes wait in the outbox. The writer holds as many again, so up to twice this, plus a frame, is
 /// kept for one connection.
-const OUTBOX_BYTES: usize = 2 << 20;
+pub(in crate::link) const OUTBOX_BYTES: usize = 2 << 20;
 /// The reader stops while so many bytes wait in the inbox.
-const INBOX_BYTES: usize = 4 << 20;
+pub(in crate::link) const INBOX_BYTES: usize = 4 << 20;
 /// What a message costs in the inbox beyond its frame: an empty one is not free.
 const MESSAGE_COST: usize = 256;
 /// The largest piece that is handed to TLS at once, in bytes.
@@ -64,7 +64,7 @@ impl Channel {
     }
 
     /// The same over any stream of bytes.
-    fn over<T>(runtime: &tokio::runtime::Handle, stream: T, peer: String, pace: Arc<Pace>) -> Channel
+    pub(in crate::link) fn over<T>(runtime: &tokio::runtime::Handle, stream: T, peer: String, pace: Arc<Pace>) -> Channel
     where
         T: AsyncRead + AsyncWrite + Send + 'static,
     {
@@ -102,15 +102,11 @@ impl Channel {
             return Err(fault.clone());
         }
         let before = out.bytes.len();
-        message.encode(&mut out.bytes);
-        let frame = out.bytes.len() - before;
-        if frame > FRAME_HEADER_BYTES + FRAME_PAYLOAD_MAX {
-            // The peer would close the connection over it; here it costs the caller this one message.
+        // `encode` panics on what no frame can hold. Half a frame must not stay behind for the next message to follow.
+        let encoded = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| message.encode(&mut out.bytes)));
+        if encoded.is_err() || out.bytes.len() - before > FRAME_HEADER_BYTES + FRAME_PAYLOAD_MAX {
             out.bytes.truncate(before);
-            return Err(Fault::internal(
-                format!("a message to {}", self.peer),
-                format!("its frame of {frame} bytes is too large"),
-            ));
+            return Err(Fault::internal(format!("a message to {}", self.peer), "it is too large for a frame"));
         }
         drop(out);
         self.shared.out_ready.notify_one();

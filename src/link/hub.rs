@@ -298,7 +298,12 @@ impl Inner {
                 let paired = Note::Paired { proof: answer, name: self.host.clone() };
                 let told = in_time(note::write(&mut tls, &paired)).await?;
                 told.map_err(|error| {
-                    Fault::new(Code::PairingFailed, "pairing", format!("its last answer was lost: {error}"), "pair again with a new code")
+                    Fault::new(
+                        Code::PairingFailed,
+                        "pairing",
+                        format!("its last answer was lost: {error}"),
+                        "pair again with a new code",
+                    )
                 })?;
                 in_time(tls.shutdown()).await?.ok();
                 Ok(())
@@ -380,12 +385,16 @@ impl Inner {
     }
 
     fn own_key(&self) -> Res<blake3::Hash> {
-        blake3::Hash::from_hex(self.key.fingerprint()).map_err(|error| Fault::internal("this host's fingerprint", error.to_string()))
+        blake3::Hash::from_hex(self.key.fingerprint())
+            .map_err(|error| Fault::internal("this host's fingerprint", error.to_string()))
     }
 }
 
 /// TLS towards a listener.
-async fn dial(tcp: TcpStream, config: Arc<tokio_rustls::rustls::ClientConfig>) -> io::Result<TlsStream<Socket>> {
+pub(in crate::link) async fn dial(
+    tcp: TcpStream,
+    config: Arc<tokio_rustls::rustls::ClientConfig>,
+) -> io::Result<TlsStream<Socket>> {
     socket::tune(&tcp)?;
     let tls = TlsConnector::from(config).connect(tls::server_name(), Socket::new(tcp)).await?;
     Ok(TlsStream::Client(tls))
@@ -471,11 +480,21 @@ fn unpaired(fault: Fault) -> Fault {
 }
 
 fn itself() -> Fault {
-    Fault::new(Code::PairingFailed, "pairing", "both ends are the same host, or hold a copy of one key", "give the address of another host")
+    Fault::new(
+        Code::PairingFailed,
+        "pairing",
+        "both ends are the same host, or hold a copy of one key",
+        "give the address of another host",
+    )
 }
 
 fn namesake(name: &str) -> Fault {
-    Fault::new(Code::PairingFailed, "pairing", format!("both hosts call themselves {name}"), "give one of them another `host` name")
+    Fault::new(
+        Code::PairingFailed,
+        "pairing",
+        format!("both hosts call themselves {name}"),
+        "give one of them another `host` name",
+    )
 }
 
 #[cfg(test)]

@@ -59,7 +59,8 @@ impl HostKey {
             .map_err(|error| Fault::internal("the certificate of this host", error.to_string()))?
             .to_hex()
             .to_string();
-        let certified = CertifiedKey::from_der(vec![certificate], PrivateKeyDer::Pkcs8(der), &tls::provider()).map_err(|_| broken())?;
+        let certified =
+            CertifiedKey::from_der(vec![certificate], PrivateKeyDer::Pkcs8(der), &tls::provider()).map_err(|_| broken())?;
         Ok(HostKey { certified: Arc::new(certified), fingerprint })
     }
 
@@ -103,7 +104,8 @@ fn read_private(path: &Path) -> Res<Option<Vec<u8>>> {
         Err(error) => return Err(Fault::io(thing(), &error)),
     };
     let meta = file.metadata().map_err(|error| Fault::io(thing(), &error))?;
-    if !meta.is_file() || meta.uid() != nix::unistd::geteuid().as_raw() || meta.mode() & 0o077 != 0 || meta.len() > KEY_BYTES_MAX {
+    if !meta.is_file() || meta.uid() != nix::unistd::geteuid().as_raw() || meta.mode() & 0o077 != 0 || meta.len() > KEY_BYTES_MAX
+    {
         return Err(Fault::new(
             Code::StateDirUnsafe,
             thing(),

@@ -21,3 +21,6 @@ pub use channel::Channel;
 pub use hub::Link;
 pub use key::HostKey;
 pub use peers::Peer;
+
+#[cfg(test)]
+mod tests;

@@ -14,11 +14,14 @@ const PIECE_BYTES: u64 = 16 << 10;
 struct Bucket {
     /// Bytes a second.
     rate: u64,
-    /// Bytes that may be sent now.
-    allowance: u64,
+    /// What may be sent now, in billionths of a byte: at any rate a nanosecond earns a whole number of them, so nothing is rounded.
+    allowance: u128,
     /// When the allowance was last brought up to date.
     at: Duration,
 }
+
+/// Billionths of a byte in a byte.
+const BYTE: u128 = 1_000_000_000;
 
 impl Bucket {
     fn new(rate: u64, now: Duration) -> Bucket {
@@ -27,29 +30,20 @@ impl Bucket {
 
     /// How much of `wanted` may be sent now (at least one byte), or how long to wait before asking again.
     fn take(&mut self, wanted: u64, now: Duration) -> Result<u64, Duration> {
-        let depth = self.depth();
-        let passed = now.saturating_sub(self.at);
-        let earned = u64::try_from(u128::from(self.rate) * passed.as_nanos() / 1_000_000_000).unwrap_or(u64::MAX);
-        if earned > 0 {
-            // Only the time that whole bytes were earned in is used up; the rest counts the next time.
-            let used = u64::try_from(u128::from(earned) * 1_000_000_000 / u128::from(self.rate)).unwrap_or(u64::MAX);
-            self.at = if self.allowance.saturating_add(earned) >= depth { now } else { self.at + Duration::from_nanos(used) };
-            self.allowance = self.allowance.saturating_add(earned).min(depth);
-        }
-        let least = wanted.min(PIECE_BYTES);
+        let rate = u128::from(self.rate);
+        // The most that is ever allowed at once.
+        let depth = (rate * BURST.as_nanos()).max(u128::from(PIECE_BYTES) * BYTE);
+        let earned = rate.saturating_mul(now.saturating_sub(self.at).as_nanos());
+        self.allowance = self.allowance.saturating_add(earned).min(depth);
+        self.at = self.at.max(now);
+        let least = u128::from(wanted.min(PIECE_BYTES)) * BYTE;
         if self.allowance >= least {
-            let granted = wanted.min(self.allowance);
-            self.allowance -= granted;
+            let granted = wanted.min(u64::try_from(self.allowance / BYTE).unwrap_or(u64::MAX));
+            self.allowance -= u128::from(granted) * BYTE;
             return Ok(granted);
         }
-        let missing = u128::from(least - self.allowance);
-        Err(Duration::from_nanos(u64::try_from(missing * 1_000_000_000 / u128::from(self.rate) + 1).unwrap_or(u64::MAX)))
-    }
-
-    /// The most that is ever allowed at once.
-    fn depth(&self) -> u64 {
-        let burst = u128::from(self.rate) * BURST.as_nanos() / 1_000_000_000;
-        u64::try_from(burst).unwrap_or(u64::MAX).max(PIECE_BYTES)
+        let wait = (least - self.allowance).div_ceil(rate);
+        Err(Duration::from_nanos(u64::try_from(wait).unwrap_or(u64::MAX)))
     }
 }
 
@@ -119,14 +113,16 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_rate_is_kept_from_below_and_above(rate in 1u64..20_000_000_000, piece in 1u64..2_000_000, seconds in 1u64..100) {
+        fn the_rate_is_kept_from_below_and_above(rate in 1u64..20_000_000_000, piece in 1u64..2_000_000, pieces in 1u64..2000) {
             let mut bucket = Bucket::new(rate, Duration::ZERO);
-            // Steps are counted, not slept: a fast rate with small pieces is checked over a shorter time.
-            let lasts = if rate / piece > 100_000 { Duration::from_micros(seconds * 100) } else { Duration::from_secs(seconds) };
-            let allowed = u64::try_from(u128::from(rate) * lasts.as_nanos() / 1_000_000_000).unwrap();
+            // So long that about so many pieces fit: the steps of virtual time stay few at any rate.
+            let lasts = Duration::from_nanos(u64::try_from(u128::from(piece * pieces) * BYTE / u128::from(rate)).unwrap());
+            let allowed = u64::try_from(u128::from(rate) * lasts.as_nanos() / BYTE).unwrap();
             let total = sent(&mut bucket, Duration::ZERO, lasts, piece);
             prop_assert!(total <= allowed, "{total} of {allowed}");
-            prop_assert!(total + 2 * PIECE_BYTES + allowed / 1000 >= allowed, "{total} of {allowed}");
+            // Waits are whole nanoseconds, so each piece may come that much late; less than one piece waits at the end.
+            let late = rate / 1_000_000_000 + 1;
+            prop_assert!(total + PIECE_BYTES + late * (pieces + 1) >= allowed, "{total} of {allowed}");
         }
     }
 

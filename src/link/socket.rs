@@ -1,9 +1,9 @@
 //! The TCP socket below TLS: its options, and a read buffer that only a proven peer gets.
 
+use nix::sys::socket::{setsockopt, sockopt};
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
-use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
@@ -82,5 +82,53 @@ impl AsyncWrite for Socket {
     }
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.tcp).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    /// Note L1: `TCP_USER_TIMEOUT` ends a connection whose peer answers every probe, but with its window shut.
+    #[test]
+    fn the_user_timeout_counts_a_shut_window_as_silence() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut near = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (far, _) = listener.accept().unwrap();
+        setsockopt(&near, sockopt::TcpUserTimeout, &500).unwrap();
+        // `far` lives in this very kernel and never reads: all that can end this loop is the timeout.
+        let error = loop {
+            if let Err(error) = near.write_all(&[0; 1 << 16]) {
+                break error;
+            }
+        };
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
+        drop(far);
+    }
+
+    #[tokio::test]
+    async fn what_is_read_ahead_arrives_in_order_in_any_pieces() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut far = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (near, _) = listener.accept().unwrap();
+        near.set_nonblocking(true).unwrap();
+        let sent: Vec<u8> = (0..50_000u32).map(|n| (n % 251) as u8).collect();
+        far.write_all(&sent).unwrap();
+        drop(far);
+        let mut socket = Socket::new(TcpStream::from_std(near).unwrap());
+        let (mut got, mut size) = (Vec::new(), 1);
+        loop {
+            if size == 7 * 9 + 1 {
+                socket.widen(1000);
+            }
+            let mut piece = vec![0; size];
+            match tokio::io::AsyncReadExt::read(&mut socket, &mut piece).await.unwrap() {
+                0 => break,
+                read => got.extend_from_slice(&piece[..read]),
+            }
+            size = size % 1500 + 7;
+        }
+        assert!(got == sent);
     }
 }

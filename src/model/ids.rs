@@ -27,7 +27,14 @@ impl std::fmt::Debug for Uuid {
 impl std::str::FromStr for Uuid {
     type Err = Fault;
     fn from_str(text: &str) -> Res<Self> {
-        let bad = || Fault::new(Code::BadArgument, format!("identity {text:?}"), "it is not 32 hexadecimal digits", "use the identity as `doublure status --json` prints it");
+        let bad = || {
+            Fault::new(
+                Code::BadArgument,
+                format!("identity {text:?}"),
+                "it is not 32 hexadecimal digits",
+                "use the identity as `doublure status --json` prints it",
+            )
+        };
         if text.len() != 32 || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
             return Err(bad());
         }

@@ -183,14 +183,14 @@ impl World {
                     put(&mut self.to_standby, &sender.abort("changed my mind"));
                 }
             }
-            Op::ToStandby => self.to_standby()?,
-            Op::ToPrimary => self.to_primary()?,
+            Op::ToStandby => self.standby_hears()?,
+            Op::ToPrimary => self.primary_hears()?,
             Op::Settle => {
                 while !self.to_standby.is_empty() || !self.to_primary.is_empty() {
-                    self.to_standby()?;
+                    self.standby_hears()?;
                     self.stored(u64::MAX);
                     self.seal()?;
-                    self.to_primary()?;
+                    self.primary_hears()?;
                 }
             }
             Op::Stored { bytes } => self.stored(bytes),
@@ -247,7 +247,7 @@ impl World {
         Ok(())
     }
 
-    fn to_standby(&mut self) -> Res<()> {
+    fn standby_hears(&mut self) -> Res<()> {
         let Some(message) = take(&mut self.to_standby) else { return Ok(()) };
         let Some(receiver) = &mut self.receiver else { return Ok(()) };
         match receiver.on_message(message)? {
@@ -288,7 +288,7 @@ impl World {
         Ok(())
     }
 
-    fn to_primary(&mut self) -> Res<()> {
+    fn primary_hears(&mut self) -> Res<()> {
         let Some(message) = take(&mut self.to_primary) else { return Ok(()) };
         let Some(sender) = &mut self.sender else { return Ok(()) };
         if let Message::Credit { bytes } = &message {

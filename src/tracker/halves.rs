@@ -192,13 +192,13 @@ mod tests {
             halves.give_back(0, 1);
             prop_assert_eq!(&halves.set_of(1), &both);
             prop_assert_eq!(&halves.set_of(0), &a);
-            halves.remove(1, &a);
-            let mut rest = both.clone();
-            rest.subtract(&a);
-            prop_assert_eq!(&halves.set_of(1), &rest);
+            halves.give_back(1, HELD);
             halves.clear(0);
             prop_assert!(halves.set_of(0).is_empty());
-            prop_assert_eq!(&halves.set_of(1), &rest);
+            prop_assert_eq!(&halves.set_of(1), &both);
+            halves.clear(1);
+            prop_assert_eq!(&halves.set_of(HELD), &both);
+            prop_assert_eq!(halves.count_in_any(), both.count());
         }
     }
 

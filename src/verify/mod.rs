@@ -51,13 +51,7 @@ pub fn digests(
 }
 
 /// The blocks of `mine` whose digest is not the one in `theirs` (16 bytes a block from `first` on, zero where nobody named one).
-pub fn differing(
-    engine: &mut dyn Engine,
-    file: &DeviceFile,
-    mine: &BlockSet,
-    first: u64,
-    theirs: &[u8],
-) -> Res<BlockSet> {
+pub fn differing(engine: &mut dyn Engine, file: &DeviceFile, mine: &BlockSet, first: u64, theirs: &[u8]) -> Res<BlockSet> {
     let mut differ = BlockSet::empty(mine.blocks());
     reader::read(engine, file, mine, &mut |run, bytes| {
         for (index, block) in bytes.chunks(BLOCK_BYTES as usize).enumerate() {

@@ -3,6 +3,9 @@
 //! It shares the test's process namespace, so that `State.Pid` means the same to both. `--bridge=none` in the host's network
 //! namespace would take the bridge of another daemon away, hence `unshare --net`; mounts of volumes vanish with the mount
 //! namespace, whatever happened.
+//!
+//! Two variables choose what is tested: `DOUBLURE_TEST_DOCKER_PATH` is searched for dockerd and containerd before `PATH`, and
+//! `DOUBLURE_TEST_CONTAINERD_STORE=1` turns containerd's image store on (dockerd 26 or later).
 
 #![allow(dead_code)]
 
@@ -26,7 +29,9 @@ impl Dockerd {
         let dir = tempfile::Builder::new().prefix("dbl-").tempdir_in("/var/tmp").expect("a directory for dockerd");
         let mut dockerd = Dockerd { dir, children: Vec::new() };
         let path = |name: &str| dockerd.dir.path().join(name).display().to_string();
-        std::fs::write(path("daemon.json"), "{}").unwrap();
+        let containerd_store = std::env::var("DOUBLURE_TEST_CONTAINERD_STORE").is_ok_and(|on| on == "1");
+        let features = if containerd_store { "{\"features\":{\"containerd-snapshotter\":true}}" } else { "{}" };
+        std::fs::write(path("daemon.json"), features).unwrap();
         std::fs::write(path("containerd.toml"), format!("version = 2\nroot = {:?}\nstate = {:?}\n[grpc]\naddress = {:?}\n[ttrpc]\naddress = {:?}\n[plugins.\"io.containerd.grpc.v1.cri\"]\ndisable_tcp_service = true\n",
             path("ctd"), path("ctd-state"), path("ctd.sock"), path("ctd.ttrpc"))).unwrap();
         // One shell makes the namespaces, the daemons replace their shells: each pid that we hold is the daemon's own.
@@ -45,7 +50,7 @@ impl Dockerd {
             format!("--pidfile={}", path("docker.pid")),
             format!("--config-file={}", path("daemon.json")),
             format!("--containerd={}", path("ctd.sock")),
-            "--storage-driver=overlay2".into(),
+            format!("--storage-driver={}", if containerd_store { "overlayfs" } else { "overlay2" }),
             "--log-level=warn".into(),
             "--userland-proxy=false".into(),
             "--shutdown-timeout=1".into(),
@@ -63,6 +68,9 @@ impl Dockerd {
 
     fn spawn(&mut self, command: &mut Command, log: &str) -> u32 {
         let log = std::fs::File::create(self.dir.path().join(log)).unwrap();
+        if let Ok(first) = std::env::var("DOUBLURE_TEST_DOCKER_PATH") {
+            command.env("PATH", format!("{first}:{}", std::env::var("PATH").unwrap_or_default()));
+        }
         command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).process_group(0);
         let child = command.spawn().expect("unshare, nsenter, containerd and dockerd installed");
         let pid = child.id();
@@ -83,6 +91,11 @@ impl Dockerd {
     pub fn logs(&self) -> String {
         let read = |name: &str| std::fs::read_to_string(self.dir.path().join(name)).unwrap_or_default();
         format!("containerd: {}\ndockerd: {}", read("containerd.log"), read("dockerd.log"))
+    }
+
+    /// Whether images live in containerd's store, where an id is not a configuration's digest.
+    pub fn has_containerd_store(&self) -> bool {
+        self.cli(&["info", "--format", "{{json .DriverStatus}}"]).contains("io.containerd.snapshotter")
     }
 
     /// Its socket.
@@ -195,7 +208,7 @@ impl Drop for Dockerd {
             let Some(pid) = process.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
             let line = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
             let line = String::from_utf8_lossy(&line).to_string();
-            if line.starts_with("/usr/bin/containerd-shim") && line.contains(&mark) {
+            if line.contains("containerd-shim") && line.contains(&mark) {
                 left.push(pid);
             }
         }

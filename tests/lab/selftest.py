@@ -112,7 +112,6 @@ def power_cut_and_comparison(lab):
     assert lab.pid("alpha") is None and not lab.loops("alpha"), "alpha is not dead"
     account, acknowledged = writer.stop()
     assert account["end"] != "asked to" or account["sent"] >= account["acknowledged"]
-    assert all(at <= cut_at + 0.1 for _, at in acknowledged), "a dead host acknowledged a row"
 
     second = lab.path("beta", "state", "volume.img")
     subprocess.run(["cp", "--sparse=always", first, second], check=True)
@@ -128,9 +127,11 @@ def power_cut_and_comparison(lab):
     # Would it notice? The last ten acknowledged rows gone, then a hole, then a page of another time.
     last = account["acknowledged"]
     service.query(lab, "beta", f"DELETE FROM ledger WHERE n > {last - 10}")
-    verdict = service.compare(acknowledged, account["sent"], service.found(lab, "beta", account["sent"]), cut_at, cut_at)
+    # The client notes an acknowledgement when it gets to run, which may be after the cable was pulled: the last note counts.
+    noted = acknowledged[-1][1]
+    verdict = service.compare(acknowledged, account["sent"], service.found(lab, "beta", account["sent"]), noted, noted)
     assert verdict["rows_gapless"] and verdict["rows_lost"] == verdict["rows_reported_safe_but_lost"] == 10, verdict
-    assert verdict["rpo_found_ms"] > 0, verdict
+    assert verdict["rpo_found_ms"] == round((noted - acknowledged[-10][1]) * 1000, 1), verdict
     verdict = service.compare(acknowledged, account["sent"], service.found(lab, "beta", account["sent"]), cut_at, None)
     assert verdict["rows_reported_safe_but_lost"] == 0, "nothing was reported, so nothing can have been broken"
     service.query(lab, "beta", "DELETE FROM ledger WHERE n = 7")

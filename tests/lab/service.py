@@ -142,7 +142,7 @@ def compare(acknowledged, sent, held, cut_at, safe_until):
         and (held["count"] == 0 or held["lowest"] == 1),
         "rows_damaged": held["damaged"],
         "rows_reported_safe_but_lost": sum(1 for _, at in lost if safe_until is not None and at <= safe_until),
-        "rpo_found_ms": round((cut_at - min(at for _, at in lost)) * 1000, 1) if lost else 0.0,
+        "rpo_found_ms": round(max(0.0, cut_at - min(at for _, at in lost)) * 1000, 1) if lost else 0.0,
     }
 
 
