@@ -142,9 +142,9 @@ fn the_doctor_s_findings_have_their_cures() {
     let Some(world) = World::new() else { return };
     world.serve(|_, _| {
         let checks = json!([
-            {"check": "kernel", "ok": true, "needed": true, "detail": "6.18.44", "cure": null},
-            {"check": "mkfs.xfs", "ok": false, "needed": false, "detail": "it is not installed", "cure": "install the package xfsprogs"},
-            {"check": "docker", "ok": false, "needed": true, "detail": "nobody answers", "cure": "start it"}]);
+            {"name": "kernel", "outcome": "ok", "needed": true, "detail": "6.18.44", "cure": ""},
+            {"name": "mkfs.xfs", "outcome": "degraded", "needed": false, "detail": "it is not installed", "cure": "install the package xfsprogs"},
+            {"name": "docker", "outcome": "failed", "needed": true, "detail": "nobody answers", "cure": "start it"}]);
         Ok((json!({"host": "alpha", "checks": checks, "ok": false}), Exit::Refused))
     });
     let out = world.run(&["doctor"]);
@@ -245,16 +245,26 @@ fn a_failover_shows_its_steps_and_as_json_its_report_alone() {
 }
 
 #[test]
-fn a_plan_that_comes_as_a_value_is_shown_as_steps() {
+fn a_plan_is_shown_once_with_what_it_would_lose() {
     let Some(world) = World::new() else { return };
-    world.serve(|_, _| {
+    let words = "group shop: to position 3/120 as primary in epoch 4\n  fencing: no proof\n  warning: image\u{1b} missing\n  1. fence\n  2. attach volume pgdata";
+    world.serve(move |request, sink| {
+        if matches!(request, Request::Failover { force: false, .. }) {
+            for name in ["fence", "attach volume pgdata"] {
+                sink(Event::Step { name: name.into(), outcome: "would change".into(), detail: String::new(), ms: 0 });
+            }
+        }
         Ok((
-            json!({"steps": [{"name": "attach pgdata", "outcome": "would change", "detail": "", "ms": 0}], "none": []}),
+            json!({"group": "shop", "dry_run": true, "plan": {"steps": []}, "words": words, "expected_loss_ms": 1234}),
             Exit::Done,
         ))
     });
+    let head = "group shop: to position 3/120 as primary in epoch 4\n  fencing: no proof\n  warning: image\u{fffd} missing\n";
+    let steps = "  plan fence                            would change      0 ms\n  plan attach volume pgdata             would change      0 ms\n";
     let out = world.run(&["failover", "shop", "--dry-run"]);
-    assert_eq!(said(&out.stdout), "  plan attach pgdata                    would change      0 ms\n");
+    assert_eq!(said(&out.stdout), format!("{steps}{head}  expected loss: 1.3 s\n"));
+    let out = world.run(&["failover", "shop", "--dry-run", "--force"]);
+    assert_eq!(said(&out.stdout), format!("{head}  1. fence\n  2. attach volume pgdata\n  expected loss: 1.3 s\n"));
 }
 
 #[test]

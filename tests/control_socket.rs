@@ -191,7 +191,12 @@ fn waiting_requests_leave_a_place_for_a_failover() {
         Ok((json!("done"), Exit::Done))
     });
     let socket = place.serve(handler);
-    let ask = |request: Request| call(&socket, &request, &mut |_| {}).unwrap();
+    let ask = |request: Request| {
+        let (told, hears) = channel();
+        let socket = socket.clone();
+        std::thread::spawn(move || told.send(call(&socket, &request, &mut |_| {}).unwrap()));
+        hears.recv_timeout(LONG).expect("an answer at once")
+    };
     let busy = |event: &Event| matches!(event, Event::Failed { fault } if fault.code == Code::GroupBusy);
     // A place comes back a moment after its client has its answer, so whoever ought to find one may have to knock twice.
     let insist = |request: Request| {

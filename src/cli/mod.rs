@@ -108,7 +108,10 @@ fn run(args: &Args, out: &mut Out) -> Res<Exit> {
 fn settings(args: &Args) -> Res<Settings> {
     let path = args.config.as_deref().unwrap_or(Path::new(CONFIG_DEFAULT));
     let invalid = |cause: String| {
-        let next = "write one (a line `host = \"NAME\"` is a beginning), or name another with --config FILE";
+        let next = match cause.starts_with("Permission denied") {
+            true => "run the command as root (sudo doublure ...), or name another with --config FILE",
+            false => "write one (a line `host = \"NAME\"` is a beginning), or name another with --config FILE",
+        };
         Fault::new(Code::ConfigInvalid, format!("configuration {}", path.display()), cause, next)
     };
     match read_text(path) {
@@ -167,6 +170,7 @@ fn show(verb: &Verb, value: &Value, stepped: bool, json: bool, out: &mut Out) {
         Verb::Status { .. } => status::render(value, now()),
         Verb::Pair { address: None } => pairing(value),
         Verb::Doctor => checks(value),
+        Verb::Failover { .. } if value["words"].is_string() => plan(value, stepped),
         Verb::Volume { verb: VolumeVerb::List } => volumes(value),
         _ => report(value, stepped),
     };
@@ -201,14 +205,14 @@ fn checks(value: &Value) -> String {
     };
     let mut text = String::new();
     for check in list {
-        let mark = match (check["ok"].as_bool(), check["needed"].as_bool()) {
-            (Some(true), _) => "ok",
-            (Some(false), Some(false)) => "warn",
-            (Some(false), _) => "FAIL",
-            (None, _) => "?",
+        let mark = match check["outcome"].as_str() {
+            Some("ok") => "ok",
+            Some("degraded") => "warn",
+            Some("failed") => "FAIL",
+            _ => "?",
         };
-        text.push_str(&format!("  {mark:<4} {:<20} {}\n", word(&check["check"]), word(&check["detail"])));
-        if let Some(cure) = check["cure"].as_str() {
+        text.push_str(&format!("  {mark:<4} {:<20} {}\n", word(&check["name"]), word(&check["detail"])));
+        if let Some(cure) = check["cure"].as_str().filter(|c| !c.is_empty()) {
             text.push_str(&format!("       {:<20} cure: {}\n", "", plain(cure)));
         }
     }
@@ -226,6 +230,21 @@ fn volumes(value: &Value) -> String {
         Some(list) => objects(list, ""),
         None => describe(value, ""),
     }
+}
+
+/// A plan, or why there is none, in its own words; numbered steps only where they were not shown one by one.
+fn plan(value: &Value, stepped: bool) -> String {
+    let is_step = |line: &str| {
+        let rest = line.trim_start().trim_start_matches(|c: char| c.is_ascii_digit());
+        rest.starts_with(". ") && rest.len() < line.trim_start().len()
+    };
+    let lines = value["words"].as_str().unwrap_or_default().lines();
+    let mut text: String = lines.filter(|line| !(stepped && is_step(line))).map(|line| plain(line) + "\n").collect();
+    if let Some(loss) = value.get("expected_loss_ms") {
+        let loss = loss.as_f64().map_or("unknown".into(), |ms| out::seconds(ms / 1000.0));
+        text.push_str(&format!("  expected loss: {loss}\n"));
+    }
+    text
 }
 
 /// A report, without the steps that were shown already.

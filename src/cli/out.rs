@@ -54,6 +54,9 @@ pub(super) fn word(value: &Value) -> String {
         Value::Bool(yes) => if *yes { "yes" } else { "no" }.into(),
         Value::Number(n) => n.to_string(),
         Value::String(text) => plain(text),
+        Value::Object(o) if o.len() == 2 && o.contains_key("epoch") && o.contains_key("generation") => {
+            format!("{}/{}", word(&o["epoch"]), word(&o["generation"])) // a position, as people write it
+        }
         other => plain(&other.to_string()),
     }
 }
@@ -103,9 +106,9 @@ pub(super) fn seconds(value: f64) -> String {
     }
 }
 
-/// Milliseconds since 1970 rather than a duration: `cut_at_ms`, `recoverable_to_ms`.
+/// Milliseconds since 1970 rather than a duration or a count: `started_at`, `recoverable_to_ms`.
 fn is_instant(key: &str) -> bool {
-    key.ends_with("_at_ms") || key.ends_with("_to_ms")
+    ["_at", "_to", "_at_ms", "_to_ms"].iter().any(|end| key.ends_with(end))
 }
 
 /// A value under its key, whose ending says the unit.
@@ -173,7 +176,7 @@ pub(super) fn describe(value: &Value, indent: &str) -> String {
                 let words: Vec<String> = items.iter().map(word).collect();
                 text.push_str(&format!("{indent}{}: {}\n", heading(key), words.join(", ")));
             }
-            Value::Object(_) => {
+            Value::Object(o) if !o.contains_key("generation") => {
                 text.push_str(&format!("{indent}{}:\n", heading(key)));
                 text.push_str(&describe(value, &format!("{indent}  ")));
             }
@@ -254,11 +257,11 @@ mod tests {
 
     #[test]
     fn values_become_lines_and_tables() {
-        let value = json!({"group": "shop", "rto_ms": 812, "blocks_bytes": 8192, "lag_seconds": 1.5, "cut_at": null, "recoverable_to_ms": 1_787_393_472_345u64, "seen_at_ms": 0, "ok": true,
+        let value = json!({"group": "shop", "rto_ms": 812, "blocks_bytes": 8192, "lag_seconds": 1.5, "cut_at": null, "recoverable_to_ms": 1_787_393_472_345u64, "seen_at_ms": 0, "position": {"epoch": 2, "generation": 7}, "ok": true,
             "faults": ["a", "b"], "none": [], "volumes": [{"size_bytes": 1024, "name": "pgdata"}, {"name": "x", "fs": "xfs"}], "peer": {"name": "beta"}});
         assert_eq!(
             describe(&value, ""),
-            "blocks: 8.0 KiB\ncut at: unknown\nfaults: a, b\ngroup: shop\nlag: 1.5 s\nok: yes\npeer:\n  name: beta\nrecoverable to: 2026-08-22T10:11:12.345Z\nrto: 812 ms\nseen at: unknown\n\
+            "blocks: 8.0 KiB\ncut at: unknown\nfaults: a, b\ngroup: shop\nlag: 1.5 s\nok: yes\npeer:\n  name: beta\nposition: 2/7\nrecoverable to: 2026-08-22T10:11:12.345Z\nrto: 812 ms\nseen at: unknown\n\
              volumes:\n  NAME       SIZE  FS\n  pgdata  1.0 KiB\n  x                xfs\n"
         );
     }

@@ -44,6 +44,9 @@ fn position(group: &Value) -> String {
 /// The whole status as text; `now` is this host's clock.
 pub(super) fn render(status: &Value, now: Moment) -> String {
     let mut text = format!("host {}, agent {}\n", word(&status["host"]), word(&status["agent_version"]));
+    if let Some(why) = status["tracker"].as_str().filter(|t| *t != "bitmap") {
+        text.push_str(&format!("degraded: tracker: {}\n", plain(why)));
+    }
     let groups = items(status, "groups");
     if !status["groups"].is_array() {
         text.push_str("groups unknown\n");

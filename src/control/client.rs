@@ -9,16 +9,27 @@ use nix::unistd::geteuid;
 use std::io::{ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The agent says something at least every few seconds, an empty line if need be; after this silence it is stuck or gone.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
+
+/// How long the whole answer to a status may take.
+const STATUS_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Sends one request and hands every event to `on_event`, the last one too; gives the last, `Done` or `Failed`.
 ///
 /// Errors: `NO_AGENT` when nothing answers or the answer breaks off, `VERSION_MISMATCH`, `NOT_ROOT` when the socket may not
 /// be opened, `PEER_NOT_TRUSTED` when another user's process listens there, `PROTOCOL_ERROR`.
+/// A status is facts that are there already: later than this it is `TIMED_OUT`, and monitoring is not held up.
 pub fn call(socket: &Path, request: &Request, on_event: &mut dyn FnMut(&Event)) -> Res<Event> {
+    let patience = matches!(request, Request::Status).then_some(STATUS_PATIENCE);
+    call_within(socket, request, patience, on_event)
+}
+
+/// Without `patience` the operation may last as long as it does, while the agent shows that it lives.
+fn call_within(socket: &Path, request: &Request, patience: Option<Duration>, on_event: &mut dyn FnMut(&Event)) -> Res<Event> {
+    let deadline = patience.map(|p| Instant::now() + p);
     let stream = connect(socket)?;
     let line = to_line(request)?;
     if line.len() > REQUEST_MAX_BYTES {
@@ -31,9 +42,17 @@ pub fn call(socket: &Path, request: &Request, on_event: &mut dyn FnMut(&Event)) 
     let sent = (&mut &stream).write_all(&line);
     let mut lines = Lines::new(&stream, REPLY_MAX_BYTES);
     loop {
-        let line = match lines.next(SILENCE_MAX) {
+        let left = deadline.map_or(SILENCE_MAX, |d| d.saturating_duration_since(Instant::now()).min(SILENCE_MAX));
+        let late = |left: Duration| left < SILENCE_MAX; // our own deadline rather than its silence
+        let line = match lines.next(left) {
             Ok(line) if line.is_empty() => continue,
             Ok(line) => line,
+            Err(NoLine::Late) if late(left) => {
+                let cause = format!("it lives but has not answered within {} seconds", patience.unwrap_or_default().as_secs());
+                let next =
+                    "an operation of it hangs: keep its log (journalctl -u doublure) and restart it (systemctl restart doublure)";
+                return Err(Fault::new(Code::TimedOut, thing(), cause, next));
+            }
             Err(NoLine::End(_)) => return Err(broken_off(socket, sent.err())),
             Err(NoLine::Late) => {
                 let cause = format!("it has said nothing for {} seconds", SILENCE_MAX.as_secs());
@@ -101,4 +120,25 @@ fn broken_off(socket: &Path, sent: Option<std::io::Error>) -> Fault {
 fn strange(socket: &Path, cause: String) -> Fault {
     let next = "use the doublure command of the agent's version";
     Fault::new(Code::ProtocolError, format!("the reply of the agent at {}", socket.display()), cause, next)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::{Handler, serve};
+    use std::sync::Arc;
+
+    #[test]
+    fn an_agent_that_hangs_behind_its_heartbeat_is_given_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = crate::control::socket_in(&dir.path().join("run"));
+        let handler: Handler = Arc::new(|_, _| {
+            loop {
+                std::thread::park(); // a deadlock, as far as anybody can see
+            }
+        });
+        serve(&socket, handler).unwrap();
+        let fault = call_within(&socket, &Request::Status, Some(Duration::from_millis(200)), &mut |_| {}).unwrap_err();
+        assert_eq!(fault.code, Code::TimedOut, "{fault}");
+    }
 }

@@ -339,9 +339,10 @@ mod tests {
             }
             Ok((serde_json::json!("whole"), Exit::Done))
         });
-        let last = run_handler(&handler, Request::Status, &queue);
+        let (told, hears) = std::sync::mpsc::channel();
+        std::thread::spawn(move || told.send(run_handler(&handler, Request::Status, &queue)));
+        let last = hears.recv_timeout(Duration::from_secs(120)).expect("an operation that waits for nobody");
         assert_eq!(last, Event::Done { value: serde_json::json!("whole"), exit: Exit::Done });
-        drop(queue);
         assert_eq!(events.iter().count(), EVENTS_WAITING_MAX);
     }
 
