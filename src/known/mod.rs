@@ -1,5 +1,5 @@
 //! Owns what the standby is known to hold: one 128-bit digest a block, in a sparse file that mirrors the volume.
-//! Gives, for a block's digest, whether sending it would change anything there.
+//! Gives the digest that a block is known to have there, so that what would change nothing is not sent.
 //! Keeps an entry only while it is proven: forgotten before a block is sent, set again by its receipt.
 //! Never speaks to the standby, never reads the volume.
 //! Assumes a shared mapping survives the death of the process, not of the host (after which all is compared anyway).
