@@ -168,11 +168,11 @@ fn open_journal(agent: &Agent, group: &Group, record: &Record) -> Res<(Journal, 
 pub fn serve(agent: &Arc<Agent>, mut channel: Channel) {
     let peer = channel.peer().to_string();
     let mut receiver = Receiver::new(&agent.settings.host);
-    if let Err(fault) = greet(agent, &mut channel, &mut receiver) {
-        if fault.code != Code::PeerUnreachable {
-            tracing::warn!(%peer, "{fault}");
-            let _ = channel.send(&Message::Refused { fault });
-        }
+    if let Err(fault) = greet(agent, &mut channel, &mut receiver)
+        && fault.code != Code::PeerUnreachable
+    {
+        tracing::warn!(%peer, "{fault}");
+        let _ = channel.send(&Message::Refused { fault });
     }
 }
 

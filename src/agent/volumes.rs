@@ -108,7 +108,7 @@ impl Agent {
             FileSystem::Ext4 => (8 << 20, "ext4 with a journal"),
             FileSystem::Xfs => (300 << 20, "XFS"),
         };
-        if size_bytes < least || size_bytes % 4096 != 0 || size_bytes > 1 << 50 {
+        if size_bytes < least || !size_bytes.is_multiple_of(4096) || size_bytes > 1 << 50 {
             return Err(Fault::new(
                 Code::BadArgument,
                 format!("volume {name}"),

@@ -84,7 +84,7 @@ impl Known {
     /// The standby has proven to hold these digests from `start` on (16 bytes each). Error: `PROTOCOL_ERROR` past the volume.
     pub fn set(&mut self, start: u64, digests: &[u8]) -> Res<()> {
         let count = (digests.len() / DIGEST_BYTES) as u64;
-        if digests.len() % DIGEST_BYTES != 0 || start.checked_add(count).is_none_or(|end| end > self.blocks) {
+        if !digests.len().is_multiple_of(DIGEST_BYTES) || start.checked_add(count).is_none_or(|end| end > self.blocks) {
             return Err(Fault::protocol(format!("digests for blocks {start}+{count} of a volume of {} blocks", self.blocks)));
         }
         let at = self.at(start);

@@ -74,7 +74,7 @@ impl BlockSet {
     /// Builds a set from bitmap words; bits at or past `blocks` are dropped.
     pub fn from_words(mut words: Vec<u64>, blocks: u64) -> Self {
         words.resize(blocks.div_ceil(64) as usize, 0);
-        if blocks % 64 != 0
+        if !blocks.is_multiple_of(64)
             && let Some(last) = words.last_mut()
         {
             *last &= (1u64 << (blocks % 64)) - 1;
@@ -169,7 +169,7 @@ impl Iterator for Runs<'_> {
             let rest = words[(end / 64) as usize] >> (end % 64);
             let ones = u64::from(rest.trailing_ones()).min(64 - end % 64);
             end += ones;
-            if ones == 0 || end % 64 != 0 {
+            if ones == 0 || !end.is_multiple_of(64) {
                 break;
             }
         }
