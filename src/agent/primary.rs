@@ -14,7 +14,9 @@ use crate::format::{Landing, Purpose, Standing};
 use crate::host;
 use crate::host::DeviceIdentity;
 use crate::known::Known;
-use crate::model::{BLOCK_BYTES, BlockRun, BlockSet, Code, Digest, Exit, Fault, GroupSpec, Moment, Position, Receipt, Res, Role};
+use crate::model::{
+    BLOCK_BYTES, BlockRun, BlockSet, Code, Digest, Exit, Fault, GroupSpec, Moment, Position, Receipt, Res, Role, VolumeSpec,
+};
 use crate::reader;
 use crate::role::{Footing, Grounds, footing};
 use crate::session::SenderEvent;
@@ -158,10 +160,8 @@ impl Primary {
                     "put the image back, or remove and protect the group again",
                 ));
             }
-            let mut about = [0; 32];
-            about[..16].copy_from_slice(&record.spec.id.0);
-            about[16..].copy_from_slice(&spec.id.0);
-            let (map, fresh) = Known::open(&group.dir.join(format!("known-{}", spec.id)), spec.blocks(), Digest(about))?;
+            let about = about(&record.spec, spec);
+            let (map, fresh) = Known::open(&group.dir.join(format!("known-{}", spec.id)), spec.blocks(), about)?;
             known_counts &= !fresh;
             known.push(map);
             volumes.push(Opened { device: device.path.clone(), identity: device.identity, image });
@@ -333,8 +333,15 @@ impl Primary {
     }
 
     /// The set of changed blocks is not known: it becomes everything that may differ (S5).
+    ///
+    /// 1. The digest maps count no more, here and for whoever starts after our death.
+    /// 2. The old base is forgotten, and the bits count from here on.
+    /// 3. Each volume is compared and what may differ is marked.
+    /// 4. Only then the maps count again: a first sync that is resumed relies on maps *and* marks of every volume.
     fn start_over(&mut self, replica_is_new: bool, wire: &mut Wire) -> Res<()> {
         self.pending = None;
+        self.known_counts = false;
+        self.known.iter_mut().try_for_each(Known::all_zero)?;
         {
             let mut tracker = self.agent.tracker()?;
             tracker.give_back(self.spec.id)?;
@@ -347,10 +354,6 @@ impl Primary {
             live.counters.comparisons += u64::from(!replica_is_new);
         });
         for index in 0..self.volumes.len() {
-            let mut about = [0; 32];
-            about[..16].copy_from_slice(&self.spec.id.0);
-            about[16..].copy_from_slice(&self.spec.volumes[index].id.0);
-            self.known[index].all_zero(Digest(about))?;
             if !replica_is_new {
                 self.state("comparing with the standby");
                 self.fetch_digests(wire, index)?;
@@ -358,6 +361,9 @@ impl Primary {
             let mut differs = reader::data_set(&self.volumes[index].image)?;
             differs.union(&self.known[index].nonzero()?);
             self.agent.tracker()?.mark(self.spec.volumes[index].id, &differs)?;
+        }
+        for (known, volume) in self.known.iter_mut().zip(&self.spec.volumes) {
+            known.trust(about(&self.spec, volume));
         }
         self.known_counts = true;
         Ok(())
@@ -876,6 +882,14 @@ impl Primary {
         }
         Ok(())
     }
+}
+
+/// What a digest map says it is about.
+fn about(group: &GroupSpec, volume: &VolumeSpec) -> Digest {
+    let mut about = [0; 32];
+    about[..16].copy_from_slice(&group.id.0);
+    about[16..].copy_from_slice(&volume.id.0);
+    Digest(about)
 }
 
 /// The parts of a recipe whose change matters: configuration, not state.
