@@ -18,7 +18,7 @@ use crate::model::{
     BLOCK_BYTES, BlockRun, BlockSet, Code, Digest, Exit, Fault, GroupSpec, Moment, Position, Receipt, Res, Role, VolumeSpec,
 };
 use crate::reader;
-use crate::role::{Footing, Grounds, footing};
+use crate::role::{ALL_MARKED, Footing, Grounds, footing};
 use crate::session::SenderEvent;
 use crate::tracker::{Base, Continuity};
 use crate::verify;
@@ -337,7 +337,8 @@ impl Primary {
     /// 1. The digest maps count no more, here and for whoever starts after our death.
     /// 2. The old base is forgotten, and the bits count from here on.
     /// 3. Each volume is compared and what may differ is marked.
-    /// 4. Only then the maps count again: a first sync that is resumed relies on maps *and* marks of every volume.
+    /// 4. Only then the maps count again, and it is said beside the bits that everything is marked: a first sync that is resumed
+    ///    relies on maps *and* marks of every volume.
     fn start_over(&mut self, replica_is_new: bool, wire: &mut Wire) -> Res<()> {
         self.pending = None;
         self.known_counts = false;
@@ -365,6 +366,7 @@ impl Primary {
         for (known, volume) in self.known.iter_mut().zip(&self.spec.volumes) {
             known.trust(about(&self.spec, volume));
         }
+        self.agent.tracker()?.set_base(self.spec.id, Base { acked: ALL_MARKED, pending: Default::default() })?;
         self.known_counts = true;
         Ok(())
     }
