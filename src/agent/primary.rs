@@ -561,7 +561,6 @@ impl Primary {
                 self.send_piece(wire, piece.clone())?;
             }
             rounds.sent.append(pending.sent);
-            self.finish_segments(wire, &mut rounds)?;
             return self.finish(wire, Pending { pieces: Vec::new(), sent: rounds.sent, ..pending });
         }
         self.resend(wire, pending, None)
@@ -776,7 +775,8 @@ impl Primary {
                 live.counters.bytes_changed += changed;
             });
         }
-        Ok(())
+        // Before a block can be sent once more: a late word on what was sent first would make its old digest count again.
+        self.finish_segments(wire, rounds)
     }
 
     fn finish_segments(&mut self, wire: &mut Wire, rounds: &mut Rounds) -> Res<()> {
