@@ -362,6 +362,7 @@ impl Primary {
             let mut differs = reader::data_set(&self.volumes[index].image)?;
             differs.union(&self.known[index].nonzero()?);
             self.agent.tracker()?.mark(self.spec.volumes[index].id, &differs)?;
+            wire.breathe()?;
         }
         for (known, volume) in self.known.iter_mut().zip(&self.spec.volumes) {
             known.trust(about(&self.spec, volume));
@@ -746,6 +747,7 @@ impl Primary {
             let Primary { engine, volumes, known, group, .. } = self;
             let read = reader::read(engine.as_mut(), &volumes[index].image, &taken, &mut |run, bytes| {
                 done += bytes.len() as u64;
+                wire.breathe()?;
                 if let Some(piece) = encoder.add(index as u16, run, bytes, &mut known[index]) {
                     let sent_bytes = piece.len() as u64;
                     wire.payload(piece)?;

@@ -19,10 +19,14 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
-/// Silence after which a connection is taken for dead.
-const SILENCE_MAX: Duration = Duration::from_secs(30);
+/// Silence after which a connection is taken for dead. Long, because a primary says nothing while it syncs a file system or looks for
+/// holes; a host that is gone is found by the link within seconds, and a newer connection takes the place of this one anyway.
+const SILENCE_MAX: Duration = Duration::from_secs(300);
+/// So often a primary that waits for long work of ours hears that we live.
+const PULSE: Duration = Duration::from_secs(5);
 
 /// A read-only device on a replica, and the descriptor that keeps everybody else out.
 pub type Hold = (host::LoopDevice, Option<OwnedFd>);
@@ -401,6 +405,21 @@ fn converse(agent: &Arc<Agent>, group: &Arc<Group>, channel: &mut Channel, recei
     outcome
 }
 
+/// Does long work while the peer hears from us: reading back and applying what a long outage left takes minutes, and a primary that
+/// took us for dead meanwhile would send it all again, for ever.
+fn alive<T>(channel: &Channel, work: impl FnOnce() -> T) -> T {
+    let (working, ended) = std::sync::mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        let pulse = move || {
+            while ended.recv_timeout(PULSE) == Err(RecvTimeoutError::Timeout) && channel.send(&Message::Pong).is_ok() {}
+        };
+        // Without a thread the work is done all the same.
+        let _ = std::thread::Builder::new().name("pulse".into()).spawn_scoped(scope, pulse);
+        let _working = working;
+        work()
+    })
+}
+
 fn act(
     agent: &Arc<Agent>,
     group: &Arc<Group>,
@@ -466,11 +485,11 @@ fn act(
             channel.send(&receiver.stored(len))
         }
         ReceiverAction::Segment { number } => {
-            apply::flush_replicas(&standby.replicas)?;
+            alive(channel, || apply::flush_replicas(&standby.replicas))?;
             channel.send(&Message::SegmentDone { number })
         }
         ReceiverAction::Commit { position, payload_bytes, payload_digest, digest, cut_at } => {
-            let answer = match standby.landing {
+            let answer = alive(channel, || match standby.landing {
                 Landing::Direct => {
                     let applied = apply::seal_direct(&standby.replicas, &mut group.ledger(), position, digest, cut_at)?;
                     let record = group.record()?;
@@ -479,15 +498,15 @@ fn act(
                     standby.journal = journal;
                     standby.sealed = sealed;
                     standby.landing = Landing::Journal;
-                    receiver.committed(&applied)?
+                    receiver.committed(&applied)
                 }
                 Landing::Journal => {
                     let sealed = standby.journal.seal(payload_bytes, payload_digest, digest, cut_at).map_err(on_standby)?;
                     let answer = receiver.committed(&sealed)?;
                     standby.sealed.push(sealed);
-                    answer
+                    Ok(answer)
                 }
-            };
+            })?;
             // Acknowledged first, applied afterwards: what is sealed survives either way.
             let sent = channel.send(&answer);
             group.with_live(|live| {
@@ -497,7 +516,7 @@ fn act(
                 live.in_sync = true;
                 live.state = "standby".into();
             });
-            standby.apply_sealed(group)?;
+            alive(channel, || standby.apply_sealed(group))?;
             sent
         }
         ReceiverAction::Unchanged { at } => {
