@@ -327,8 +327,11 @@ fn define_new(agent: &Arc<Agent>, peer: &str, id: GroupId, epoch: u64, bytes: &[
         last_failover: None,
     };
     let group = Arc::new(Group::create(&agent.group_dir(id), record)?);
-    *lock(&group.standby) = Some(Standby::open(agent, &group)?);
+    // Known from here on, whatever fails below: its ledger is there, so that it could not be defined a second time.
+    let mut guard = lock(&group.standby);
     agent.add_group(group.clone());
+    *guard = Some(Standby::open(agent, &group)?);
+    drop(guard);
     tracing::info!(group = %group.name, %peer, "defined as standby");
     Ok(group)
 }
@@ -338,8 +341,9 @@ fn whole(file: &DeviceFile) -> crate::model::ByteRun {
 }
 
 fn replicate(agent: &Arc<Agent>, group: &Arc<Group>, channel: &mut Channel, receiver: &mut Receiver, epoch: u64) -> Res<()> {
-    let record = group.record()?;
     let mut guard = lock(&group.standby);
+    // Read under the lock: a failover that was waited for here has changed it, and what it promoted is not to be received into.
+    let record = group.record()?;
     if record.role == Role::Standby && guard.is_none() {
         *guard = Some(Standby::open(agent, group)?);
     }
@@ -358,7 +362,10 @@ fn replicate(agent: &Arc<Agent>, group: &Arc<Group>, channel: &mut Channel, rece
     // The standing above says whether this is refused; only after that may the hello's epoch count.
     if record.role == Role::Standby && epoch > record.epoch {
         group.edit_ledger(|record| {
-            record.epoch = record.epoch.max(epoch);
+            // A failover may have come in between: its epoch is its own.
+            if record.role == Role::Standby {
+                record.epoch = record.epoch.max(epoch);
+            }
             Ok(())
         })?;
     }
@@ -397,6 +404,11 @@ fn converse(agent: &Arc<Agent>, group: &Arc<Group>, channel: &mut Channel, recei
     let mut guard = lock(&group.standby);
     if group.connection.load(Ordering::SeqCst) == mine {
         group.with_live(|live| live.connected = false);
+        // A handle that a failed write or flush has poisoned never works again. The next connection opens all anew: what the journal
+        // holds is judged by what is on the disk, and what was not applied is applied from its start.
+        if outcome.as_ref().is_err_and(|fault: &Fault| fault.code == Code::FlushFailed) {
+            *guard = None;
+        }
         // A journalled generation that was broken off is kept: its beginning need not be sent again.
         if let Some(standby) = &mut *guard {
             standby.open = std::mem::replace(receiver, Receiver::new(&agent.settings.host)).into_open();
@@ -433,7 +445,9 @@ fn act(
     if group.connection.load(Ordering::SeqCst) != mine {
         return Err(superseded());
     }
-    let standby = guard.as_mut().ok_or_else(|| {
+    // A failover that did not come to its end leaves this side open, but what it has promoted takes nothing any more (S6).
+    let role = group.ledger().record().map(|record| record.role);
+    let standby = guard.as_mut().filter(|_| role == Some(Role::Standby)).ok_or_else(|| {
         Fault::new(
             Code::WrongRole,
             format!("group {}", group.name),
