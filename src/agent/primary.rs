@@ -35,6 +35,8 @@ const RETRY_MAX: Duration = Duration::from_secs(5);
 const SEGMENT_BYTES: u64 = 256 << 20;
 /// Rounds before a cut; a writer that dirties faster than we ship is then cut as it is, within the bounds of memory.
 const ROUNDS_MAX: usize = 16;
+/// However slow a disk is, a cut tries to read this much within a freeze (64 blocks).
+const CUT_LEAST_BYTES: u64 = 64 * BLOCK_BYTES;
 /// Blocks verified between two cycles (64 MiB).
 const VERIFY_WINDOW_BLOCKS: u64 = verify::BATCH_BLOCKS;
 /// Containers are looked at again this often, and a changed recipe is sent.
@@ -75,6 +77,8 @@ struct Primary {
     recipe_looked: Instant,
     /// Grows when a transfer outgrew what was announced, and is 1 again once one went through.
     room_factor: u64,
+    /// What a cut may read within a freeze, in bytes: less than configured after one that took too long on this disk.
+    cut_max_bytes: u64,
 }
 
 /// Why the loop ended without a fault.
@@ -202,6 +206,7 @@ impl Primary {
             waiters: Vec::new(),
             recipe_looked: Instant::now(),
             room_factor: 1,
+            cut_max_bytes: agent.settings.cut_max_bytes,
         })
     }
 
@@ -209,6 +214,10 @@ impl Primary {
     fn after_fault(&mut self, fault: &Fault) {
         if matches!(fault.code, Code::FreezeTimeout | Code::CutNotExact) {
             self.group.with_live(|live| live.counters.cuts_discarded += 1);
+        }
+        // The same set would take as long again, and it only grows: it is made smaller by rounds first.
+        if fault.code == Code::FreezeTimeout {
+            self.cut_max_bytes = (self.cut_max_bytes / 2).max(CUT_LEAST_BYTES);
         }
         if self.pending.is_none()
             && let Err(worse) = self.agent.tracker().and_then(|mut t| t.give_back(self.spec.id))
@@ -291,7 +300,9 @@ impl Primary {
                 None => {}
             }
             let began = Instant::now();
-            let idle = landing == Landing::Journal && self.dirty_blocks()? == 0 && self.doubts()?.is_empty();
+            // Who asks for a sync means what he has written, also what no file system has handed to its device yet: a cut sees to that.
+            let idle =
+                landing == Landing::Journal && self.waiters.is_empty() && self.dirty_blocks()? == 0 && self.doubts()?.is_empty();
             if idle {
                 self.unchanged(&mut wire, tip.0)?;
             } else {
@@ -487,10 +498,7 @@ impl Primary {
     fn cycle(&mut self, wire: &mut Wire, tip: (Position, Digest), landing: Landing, began: Instant) -> Res<(Position, Digest)> {
         let position = Position { epoch: self.epoch, generation: tip.0.generation + 1 };
         let dirty_bytes = self.dirty_blocks()? * BLOCK_BYTES;
-        let limits = cut::Limits {
-            freeze_deadline: self.agent.settings.freeze_deadline,
-            cut_max_bytes: self.agent.settings.cut_max_bytes,
-        };
+        let limits = cut::Limits { freeze_deadline: self.agent.settings.freeze_deadline, cut_max_bytes: self.cut_max_bytes };
         let mut rounds = Rounds {
             open: false,
             bound: 0,
@@ -662,6 +670,7 @@ impl Primary {
         };
         self.agent.tracker()?.release(self.spec.id, &receipt)?;
         self.room_factor = 1;
+        self.cut_max_bytes = (self.cut_max_bytes + self.cut_max_bytes / 16).min(self.agent.settings.cut_max_bytes);
         sent.believe(&mut self.known)?;
         self.group.with_live(|live| {
             live.counters.generations += 1;
