@@ -427,13 +427,27 @@ class Lab:
         return mine
 
     def detach_loops(self, host=None):
+        began = time.monotonic()
+
         def none_left():
             names = self.loops(host)
             for name in names:
                 subprocess.run(["losetup", "--detach", name], capture_output=True, env=ENVIRONMENT, check=False)
+                if time.monotonic() - began > 3:
+                    self.thaw(name)
             return not names
 
         wait_for("the release of the lab's loop devices", 20, none_left)
+
+    def thaw(self, device):
+        """A host that died in the middle of a cut leaves a file system frozen that nothing mounts any more; the freeze itself keeps it
+        alive. Mounting the device gives the same one back, and then it can be thawed."""
+        place = self.path("thaw")
+        os.makedirs(place, exist_ok=True)
+        for argv in (["mount", device, place], ["fsfreeze", "--unfreeze", place], ["umount", place]):
+            subprocess.run(argv, capture_output=True, env=ENVIRONMENT, check=False)
+        with contextlib.suppress(OSError):
+            os.rmdir(place)
 
     def cgroup(self, host):
         return f"doublure-{self.key}-{host}"
