@@ -4,6 +4,7 @@ use crate::delta;
 use crate::delta::BlockDigest;
 use crate::known::Known;
 use crate::model::{BLOCK_BYTES, BlockRun};
+use std::collections::BTreeMap;
 
 /// Size at which a piece of payload is sent, in bytes.
 pub const PIECE_BYTES: usize = 256 << 10;
@@ -11,11 +12,14 @@ pub const PIECE_BYTES: usize = 256 << 10;
 /// only costs sending them once more should they be written again.
 const REMEMBERED_BLOCKS_MAX: usize = 1 << 20;
 
-/// The digests of what was sent, to be believed when its receipt comes.
+/// The digests of what was sent, to be believed when its receipt comes. A block may have been sent more than once (in rounds): the
+/// last word counts.
 #[derive(Default)]
 pub struct Sent {
     runs: Vec<(u16, u64, u32)>,
     digests: Vec<u8>,
+    /// What was sent beyond the bound, as one range for each volume: of its blocks nothing is believed, an earlier digest least of all.
+    beyond: BTreeMap<u16, BlockRun>,
 }
 
 impl Sent {
@@ -24,20 +28,40 @@ impl Sent {
         let mut at = 0;
         for (volume, start, count) in self.runs {
             let end = at + count as usize * 16;
-            known[usize::from(volume)].set(start, &self.digests[at..end])?;
+            let run = BlockRun { start, count: u64::from(count) };
+            // Left as they are, which is "unknown" since they were sent.
+            let doubtful = self.beyond.get(&volume).is_some_and(|beyond| run.start < beyond.end() && beyond.start < run.end());
+            if !doubtful {
+                known[usize::from(volume)].set(start, &self.digests[at..end])?;
+            }
             at = end;
         }
         Ok(())
     }
-    /// Takes another's runs after our own.
-    pub fn append(&mut self, mut other: Sent) {
-        self.runs.append(&mut other.runs);
-        self.digests.append(&mut other.digests);
+    /// Takes another's runs after our own, within the bound.
+    pub fn append(&mut self, other: Sent) {
+        let mut at = 0;
+        for (volume, start, count) in other.runs {
+            let end = at + count as usize * 16;
+            self.note(volume, BlockRun { start, count: u64::from(count) }, &other.digests[at..end]);
+            at = end;
+        }
+        for (volume, run) in other.beyond {
+            self.pass(volume, run);
+        }
+    }
+    /// Nothing is believed of this run.
+    fn pass(&mut self, volume: u16, run: BlockRun) {
+        let all = self.beyond.entry(volume).or_insert(run);
+        let (start, end) = (all.start.min(run.start), all.end().max(run.end()));
+        *all = BlockRun { start, count: end - start };
     }
     fn note(&mut self, volume: u16, run: BlockRun, digests: &[u8]) {
         if self.digests.len() / 16 + run.count as usize <= REMEMBERED_BLOCKS_MAX {
             self.runs.push((volume, run.start, run.count as u32));
             self.digests.extend_from_slice(digests);
+        } else {
+            self.pass(volume, run);
         }
     }
 }
@@ -136,5 +160,28 @@ mod tests {
         bytes[4096] = 8;
         encoder.add(0, run, &bytes, &mut known);
         assert!(!encoder.take().is_empty());
+    }
+
+    #[test]
+    fn of_a_block_sent_twice_an_old_digest_never_counts_even_beyond_the_bound() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut known, _) = Known::open(&dir.path().join("known"), 2 << 20, Digest([1; 32])).unwrap();
+        let (mut first, mut second) = (Sent::default(), Sent::default());
+        let one = BlockRun { start: (1 << 20) + 7, count: 1 };
+        known.forget(one);
+        known.forget(BlockRun { start: 0, count: 1 << 20 });
+        first.note(0, one, &[1; 16]);
+        first.note(0, BlockRun { start: 3, count: 1 }, &[5; 16]);
+        // The second round is large: what it says of the block comes after its bound.
+        for start in (0..1 << 20).step_by(64) {
+            second.note(0, BlockRun { start, count: 64 }, &[2; 64 * 16]);
+        }
+        second.note(0, one, &[3; 16]);
+        first.append(second);
+        assert!(first.digests.len() <= REMEMBERED_BLOCKS_MAX * 16, "the bound is that of all rounds together");
+        let mut maps = [known];
+        first.believe(&mut maps).unwrap();
+        assert_eq!(maps[0].get(one.start), BlockDigest::UNKNOWN, "the standby holds digest 3, not 1");
+        assert_ne!(maps[0].get(3), BlockDigest([5; 16]), "the standby holds digest 2, not 5");
     }
 }

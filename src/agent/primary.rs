@@ -14,9 +14,11 @@ use crate::format::{Landing, Purpose, Standing};
 use crate::host;
 use crate::host::DeviceIdentity;
 use crate::known::Known;
-use crate::model::{BLOCK_BYTES, BlockRun, BlockSet, Code, Digest, Exit, Fault, GroupSpec, Moment, Position, Receipt, Res, Role};
+use crate::model::{
+    BLOCK_BYTES, BlockRun, BlockSet, Code, Digest, Exit, Fault, GroupSpec, Moment, Position, Receipt, Res, Role, VolumeSpec,
+};
 use crate::reader;
-use crate::role::{Footing, Grounds, footing};
+use crate::role::{ALL_MARKED, Footing, Grounds, footing};
 use crate::session::SenderEvent;
 use crate::tracker::{Base, Continuity};
 use crate::verify;
@@ -33,6 +35,8 @@ const RETRY_MAX: Duration = Duration::from_secs(5);
 const SEGMENT_BYTES: u64 = 256 << 20;
 /// Rounds before a cut; a writer that dirties faster than we ship is then cut as it is, within the bounds of memory.
 const ROUNDS_MAX: usize = 16;
+/// However slow a disk is, a cut tries to read this much within a freeze (64 blocks).
+const CUT_LEAST_BYTES: u64 = 64 * BLOCK_BYTES;
 /// Blocks verified between two cycles (64 MiB).
 const VERIFY_WINDOW_BLOCKS: u64 = verify::BATCH_BLOCKS;
 /// Containers are looked at again this often, and a changed recipe is sent.
@@ -73,6 +77,8 @@ struct Primary {
     recipe_looked: Instant,
     /// Grows when a transfer outgrew what was announced, and is 1 again once one went through.
     room_factor: u64,
+    /// What a cut may read within a freeze, in bytes: less than configured after one that took too long on this disk.
+    cut_max_bytes: u64,
 }
 
 /// Why the loop ended without a fault.
@@ -158,10 +164,8 @@ impl Primary {
                     "put the image back, or remove and protect the group again",
                 ));
             }
-            let mut about = [0; 32];
-            about[..16].copy_from_slice(&record.spec.id.0);
-            about[16..].copy_from_slice(&spec.id.0);
-            let (map, fresh) = Known::open(&group.dir.join(format!("known-{}", spec.id)), spec.blocks(), Digest(about))?;
+            let about = about(&record.spec, spec);
+            let (map, fresh) = Known::open(&group.dir.join(format!("known-{}", spec.id)), spec.blocks(), about)?;
             known_counts &= !fresh;
             known.push(map);
             volumes.push(Opened { device: device.path.clone(), identity: device.identity, image });
@@ -202,6 +206,7 @@ impl Primary {
             waiters: Vec::new(),
             recipe_looked: Instant::now(),
             room_factor: 1,
+            cut_max_bytes: agent.settings.cut_max_bytes,
         })
     }
 
@@ -209,6 +214,10 @@ impl Primary {
     fn after_fault(&mut self, fault: &Fault) {
         if matches!(fault.code, Code::FreezeTimeout | Code::CutNotExact) {
             self.group.with_live(|live| live.counters.cuts_discarded += 1);
+        }
+        // The same set would take as long again, and it only grows: it is made smaller by rounds first.
+        if fault.code == Code::FreezeTimeout {
+            self.cut_max_bytes = (self.cut_max_bytes / 2).max(CUT_LEAST_BYTES);
         }
         if self.pending.is_none()
             && let Err(worse) = self.agent.tracker().and_then(|mut t| t.give_back(self.spec.id))
@@ -291,7 +300,9 @@ impl Primary {
                 None => {}
             }
             let began = Instant::now();
-            let idle = landing == Landing::Journal && self.dirty_blocks()? == 0 && self.doubts()?.is_empty();
+            // Who asks for a sync means what he has written, also what no file system has handed to its device yet: a cut sees to that.
+            let idle =
+                landing == Landing::Journal && self.waiters.is_empty() && self.dirty_blocks()? == 0 && self.doubts()?.is_empty();
             if idle {
                 self.unchanged(&mut wire, tip.0)?;
             } else {
@@ -333,8 +344,16 @@ impl Primary {
     }
 
     /// The set of changed blocks is not known: it becomes everything that may differ (S5).
+    ///
+    /// 1. The digest maps count no more, here and for whoever starts after our death.
+    /// 2. The old base is forgotten, and the bits count from here on.
+    /// 3. Each volume is compared and what may differ is marked.
+    /// 4. Only then the maps count again, and it is said beside the bits that everything is marked: a first sync that is resumed
+    ///    relies on maps *and* marks of every volume.
     fn start_over(&mut self, replica_is_new: bool, wire: &mut Wire) -> Res<()> {
         self.pending = None;
+        self.known_counts = false;
+        self.known.iter_mut().try_for_each(Known::all_zero)?;
         {
             let mut tracker = self.agent.tracker()?;
             tracker.give_back(self.spec.id)?;
@@ -347,10 +366,6 @@ impl Primary {
             live.counters.comparisons += u64::from(!replica_is_new);
         });
         for index in 0..self.volumes.len() {
-            let mut about = [0; 32];
-            about[..16].copy_from_slice(&self.spec.id.0);
-            about[16..].copy_from_slice(&self.spec.volumes[index].id.0);
-            self.known[index].all_zero(Digest(about))?;
             if !replica_is_new {
                 self.state("comparing with the standby");
                 self.fetch_digests(wire, index)?;
@@ -358,7 +373,12 @@ impl Primary {
             let mut differs = reader::data_set(&self.volumes[index].image)?;
             differs.union(&self.known[index].nonzero()?);
             self.agent.tracker()?.mark(self.spec.volumes[index].id, &differs)?;
+            wire.breathe()?;
         }
+        for (known, volume) in self.known.iter_mut().zip(&self.spec.volumes) {
+            known.trust(about(&self.spec, volume));
+        }
+        self.agent.tracker()?.set_base(self.spec.id, Base { acked: ALL_MARKED, pending: Default::default() })?;
         self.known_counts = true;
         Ok(())
     }
@@ -478,10 +498,7 @@ impl Primary {
     fn cycle(&mut self, wire: &mut Wire, tip: (Position, Digest), landing: Landing, began: Instant) -> Res<(Position, Digest)> {
         let position = Position { epoch: self.epoch, generation: tip.0.generation + 1 };
         let dirty_bytes = self.dirty_blocks()? * BLOCK_BYTES;
-        let limits = cut::Limits {
-            freeze_deadline: self.agent.settings.freeze_deadline,
-            cut_max_bytes: self.agent.settings.cut_max_bytes,
-        };
+        let limits = cut::Limits { freeze_deadline: self.agent.settings.freeze_deadline, cut_max_bytes: self.cut_max_bytes };
         let mut rounds = Rounds {
             open: false,
             bound: 0,
@@ -553,7 +570,6 @@ impl Primary {
                 self.send_piece(wire, piece.clone())?;
             }
             rounds.sent.append(pending.sent);
-            self.finish_segments(wire, &mut rounds)?;
             return self.finish(wire, Pending { pieces: Vec::new(), sent: rounds.sent, ..pending });
         }
         self.resend(wire, pending, None)
@@ -654,6 +670,7 @@ impl Primary {
         };
         self.agent.tracker()?.release(self.spec.id, &receipt)?;
         self.room_factor = 1;
+        self.cut_max_bytes = (self.cut_max_bytes + self.cut_max_bytes / 16).min(self.agent.settings.cut_max_bytes);
         sent.believe(&mut self.known)?;
         self.group.with_live(|live| {
             live.counters.generations += 1;
@@ -739,6 +756,7 @@ impl Primary {
             let Primary { engine, volumes, known, group, .. } = self;
             let read = reader::read(engine.as_mut(), &volumes[index].image, &taken, &mut |run, bytes| {
                 done += bytes.len() as u64;
+                wire.breathe()?;
                 if let Some(piece) = encoder.add(index as u16, run, bytes, &mut known[index]) {
                     let sent_bytes = piece.len() as u64;
                     wire.payload(piece)?;
@@ -768,7 +786,8 @@ impl Primary {
                 live.counters.bytes_changed += changed;
             });
         }
-        Ok(())
+        // Before a block can be sent once more: a late word on what was sent first would make its old digest count again.
+        self.finish_segments(wire, rounds)
     }
 
     fn finish_segments(&mut self, wire: &mut Wire, rounds: &mut Rounds) -> Res<()> {
@@ -876,6 +895,14 @@ impl Primary {
         }
         Ok(())
     }
+}
+
+/// What a digest map says it is about.
+fn about(group: &GroupSpec, volume: &VolumeSpec) -> Digest {
+    let mut about = [0; 32];
+    about[..16].copy_from_slice(&group.id.0);
+    about[16..].copy_from_slice(&volume.id.0);
+    Digest(about)
 }
 
 /// The parts of a recipe whose change matters: configuration, not state.

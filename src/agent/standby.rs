@@ -19,10 +19,14 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
-/// Silence after which a connection is taken for dead.
-const SILENCE_MAX: Duration = Duration::from_secs(30);
+/// Silence after which a connection is taken for dead. Long, because a primary says nothing while it syncs a file system or looks for
+/// holes; a host that is gone is found by the link within seconds, and a newer connection takes the place of this one anyway.
+const SILENCE_MAX: Duration = Duration::from_secs(300);
+/// So often a primary that waits for long work of ours hears that we live.
+const PULSE: Duration = Duration::from_secs(5);
 
 /// A read-only device on a replica, and the descriptor that keeps everybody else out.
 pub type Hold = (host::LoopDevice, Option<OwnedFd>);
@@ -323,8 +327,11 @@ fn define_new(agent: &Arc<Agent>, peer: &str, id: GroupId, epoch: u64, bytes: &[
         last_failover: None,
     };
     let group = Arc::new(Group::create(&agent.group_dir(id), record)?);
-    *lock(&group.standby) = Some(Standby::open(agent, &group)?);
+    // Known from here on, whatever fails below: its ledger is there, so that it could not be defined a second time.
+    let mut guard = lock(&group.standby);
     agent.add_group(group.clone());
+    *guard = Some(Standby::open(agent, &group)?);
+    drop(guard);
     tracing::info!(group = %group.name, %peer, "defined as standby");
     Ok(group)
 }
@@ -334,8 +341,9 @@ fn whole(file: &DeviceFile) -> crate::model::ByteRun {
 }
 
 fn replicate(agent: &Arc<Agent>, group: &Arc<Group>, channel: &mut Channel, receiver: &mut Receiver, epoch: u64) -> Res<()> {
-    let record = group.record()?;
     let mut guard = lock(&group.standby);
+    // Read under the lock: a failover that was waited for here has changed it, and what it promoted is not to be received into.
+    let record = group.record()?;
     if record.role == Role::Standby && guard.is_none() {
         *guard = Some(Standby::open(agent, group)?);
     }
@@ -354,7 +362,10 @@ fn replicate(agent: &Arc<Agent>, group: &Arc<Group>, channel: &mut Channel, rece
     // The standing above says whether this is refused; only after that may the hello's epoch count.
     if record.role == Role::Standby && epoch > record.epoch {
         group.edit_ledger(|record| {
-            record.epoch = record.epoch.max(epoch);
+            // A failover may have come in between: its epoch is its own.
+            if record.role == Role::Standby {
+                record.epoch = record.epoch.max(epoch);
+            }
             Ok(())
         })?;
     }
@@ -393,12 +404,32 @@ fn converse(agent: &Arc<Agent>, group: &Arc<Group>, channel: &mut Channel, recei
     let mut guard = lock(&group.standby);
     if group.connection.load(Ordering::SeqCst) == mine {
         group.with_live(|live| live.connected = false);
+        // A handle that a failed write or flush has poisoned never works again. The next connection opens all anew: what the journal
+        // holds is judged by what is on the disk, and what was not applied is applied from its start.
+        if outcome.as_ref().is_err_and(|fault: &Fault| fault.code == Code::FlushFailed) {
+            *guard = None;
+        }
         // A journalled generation that was broken off is kept: its beginning need not be sent again.
         if let Some(standby) = &mut *guard {
             standby.open = std::mem::replace(receiver, Receiver::new(&agent.settings.host)).into_open();
         }
     }
     outcome
+}
+
+/// Does long work while the peer hears from us: reading back and applying what a long outage left takes minutes, and a primary that
+/// took us for dead meanwhile would send it all again, for ever.
+fn alive<T>(channel: &Channel, work: impl FnOnce() -> T) -> T {
+    let (working, ended) = std::sync::mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        let pulse = move || {
+            while ended.recv_timeout(PULSE) == Err(RecvTimeoutError::Timeout) && channel.send(&Message::Pong).is_ok() {}
+        };
+        // Without a thread the work is done all the same.
+        let _ = std::thread::Builder::new().name("pulse".into()).spawn_scoped(scope, pulse);
+        let _working = working;
+        work()
+    })
 }
 
 fn act(
@@ -414,7 +445,9 @@ fn act(
     if group.connection.load(Ordering::SeqCst) != mine {
         return Err(superseded());
     }
-    let standby = guard.as_mut().ok_or_else(|| {
+    // A failover that did not come to its end leaves this side open, but what it has promoted takes nothing any more (S6).
+    let role = group.ledger().record().map(|record| record.role);
+    let standby = guard.as_mut().filter(|_| role == Some(Role::Standby)).ok_or_else(|| {
         Fault::new(
             Code::WrongRole,
             format!("group {}", group.name),
@@ -466,11 +499,11 @@ fn act(
             channel.send(&receiver.stored(len))
         }
         ReceiverAction::Segment { number } => {
-            apply::flush_replicas(&standby.replicas)?;
+            alive(channel, || apply::flush_replicas(&standby.replicas))?;
             channel.send(&Message::SegmentDone { number })
         }
         ReceiverAction::Commit { position, payload_bytes, payload_digest, digest, cut_at } => {
-            let answer = match standby.landing {
+            let answer = alive(channel, || match standby.landing {
                 Landing::Direct => {
                     let applied = apply::seal_direct(&standby.replicas, &mut group.ledger(), position, digest, cut_at)?;
                     let record = group.record()?;
@@ -479,15 +512,15 @@ fn act(
                     standby.journal = journal;
                     standby.sealed = sealed;
                     standby.landing = Landing::Journal;
-                    receiver.committed(&applied)?
+                    receiver.committed(&applied)
                 }
                 Landing::Journal => {
                     let sealed = standby.journal.seal(payload_bytes, payload_digest, digest, cut_at).map_err(on_standby)?;
                     let answer = receiver.committed(&sealed)?;
                     standby.sealed.push(sealed);
-                    answer
+                    Ok(answer)
                 }
-            };
+            })?;
             // Acknowledged first, applied afterwards: what is sealed survives either way.
             let sent = channel.send(&answer);
             group.with_live(|live| {
@@ -497,7 +530,7 @@ fn act(
                 live.in_sync = true;
                 live.state = "standby".into();
             });
-            standby.apply_sealed(group)?;
+            alive(channel, || standby.apply_sealed(group))?;
             sent
         }
         ReceiverAction::Unchanged { at } => {

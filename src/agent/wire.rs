@@ -66,7 +66,8 @@ impl Wire {
                 "it is tried again; check the other host and the network",
             ));
         }
-        if now - self.heard > PING_EVERY && now - self.pinged > PING_EVERY {
+        // Also while nothing is owed to us: the peer, too, takes long silence for a dead connection.
+        if now - self.pinged > PING_EVERY {
             self.pinged = now;
             self.send(&Message::Ping)?;
         }
@@ -78,8 +79,9 @@ impl Wire {
         self.events.pop_front()
     }
 
-    /// Waits for the next event.
+    /// Waits for the next event. The peer's silence counts from here: till now we may have been busy and not listened.
     pub fn wait(&mut self) -> Res<SenderEvent> {
+        self.rested();
         loop {
             if let Some(event) = self.take() {
                 return Ok(event);
@@ -90,6 +92,9 @@ impl Wire {
 
     /// Waits until `bytes` of payload may be sent.
     pub fn await_credit(&mut self, bytes: u64) -> Res<()> {
+        if self.sender.credit_bytes() < bytes {
+            self.rested();
+        }
         while self.sender.credit_bytes() < bytes {
             self.pump(Duration::from_millis(500))?;
         }
@@ -101,6 +106,17 @@ impl Wire {
         self.await_credit(piece.len() as u64)?;
         let message = self.sender.chunks(piece)?;
         self.send(&message)
+    }
+
+    /// Called now and then during long work that sends nothing (most blocks are there already): keeps the connection alive.
+    pub fn breathe(&mut self) -> Res<()> {
+        match self.pinged.elapsed() > PING_EVERY {
+            true => {
+                self.rested();
+                self.pump(Duration::ZERO)
+            }
+            false => Ok(()),
+        }
     }
 
     /// Nothing was asked of the peer for a while: its silence till now does not count.

@@ -28,7 +28,8 @@ pub struct Known {
 
 impl Known {
     /// Opens the file of a volume of `blocks` blocks, or makes it. `about` names the copy (a digest over group, volume and
-    /// peer): a file about anything else is emptied. `.1` = it holds nothing yet.
+    /// peer): a file about anything else is emptied. `.1` = it holds nothing to be relied on, now and at every later opening
+    /// until [`Known::trust`].
     pub fn open(path: &Path, blocks: u64, about: Digest) -> Res<(Known, bool)> {
         let shown = path.display().to_string();
         let io = |e: std::io::Error| Fault::io(format!("digest map {shown}"), &e);
@@ -44,7 +45,7 @@ impl Known {
         let mut known = Known { map, file, blocks, path: shown };
         if known.header() != header(about) {
             fresh = true;
-            known.all_zero(about)?;
+            known.all_zero()?;
         }
         Ok((known, fresh))
     }
@@ -55,8 +56,11 @@ impl Known {
         bytes
     }
 
-    /// Starts over: the replica is known to be zero everywhere (it has just been made).
-    pub fn all_zero(&mut self, about: Digest) -> Res<()> {
+    /// Starts over: zero everywhere, about no copy. Whoever fills it says with [`Known::trust`] when it is true; a death before
+    /// that leaves a file that the next opening calls empty.
+    pub fn all_zero(&mut self) -> Res<()> {
+        // First of all: half of an old map must not be taken for a whole one.
+        self.map[..40].fill(0);
         let len = HEADER_BYTES + self.blocks * DIGEST_BYTES as u64;
         // Punching the whole file makes every mapped page read as zero again and costs no write.
         // SAFETY: plain fallocate(2) on a descriptor that we own.
@@ -66,8 +70,12 @@ impl Known {
         if done != 0 {
             self.map.fill(0);
         }
-        self.map[..40].copy_from_slice(&header(about));
         Ok(())
+    }
+
+    /// From here on every entry is proven to be about this copy, and what is not is marked dirty.
+    pub fn trust(&mut self, about: Digest) {
+        self.map[..40].copy_from_slice(&header(about));
     }
 
     fn at(&self, block: u64) -> usize {
@@ -182,6 +190,7 @@ mod tests {
             vec![BlockRun { start: 5_000, count: 2 }, BlockRun { start: 7_000, count: 2 }]
         );
         assert!(known.set(9_999, &[1; 32]).is_err());
+        known.trust(about);
         drop(known);
         let (known, fresh) = Known::open(&path, 10_000, about).unwrap();
         assert!(!fresh);
@@ -191,6 +200,29 @@ mod tests {
             let (known, fresh) = Known::open(&path, blocks, about).unwrap();
             assert!(fresh);
             assert_eq!(known.get(5_000), BlockDigest::ZERO);
+        }
+    }
+
+    #[test]
+    fn a_comparison_that_was_broken_off_is_never_believed_later() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("map");
+        let about = Digest([7; 32]);
+        // Made, and the process dies before anything was compared: as often as it likes.
+        for _ in 0..2 {
+            assert!(Known::open(&path, 1_000, about).unwrap().1);
+        }
+        let (mut known, _) = Known::open(&path, 1_000, about).unwrap();
+        known.trust(about);
+        known.set(5, &[1; 16]).unwrap();
+        // Trusted, then a new comparison begins and dies half way.
+        known.all_zero().unwrap();
+        known.set(5, &[2; 16]).unwrap();
+        drop(known);
+        for _ in 0..2 {
+            let (known, fresh) = Known::open(&path, 1_000, about).unwrap();
+            assert!(fresh);
+            assert_eq!(known.get(5), BlockDigest::ZERO);
         }
     }
 }

@@ -3,6 +3,10 @@
 use crate::format::{Landing, Standing};
 use crate::model::{Code, Digest, Fault, Position, Res, Role};
 
+/// What stands in the place of the last receipt from the moment that everything a first sync must carry is marked. It lives and dies
+/// with the bits: only while it stands may a first sync be resumed on them.
+pub const ALL_MARKED: (Position, Digest) = (Position { epoch: 0, generation: 0 }, Digest([1; 32]));
+
 /// What the primary knows when the standby has said how it stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Grounds {
@@ -12,7 +16,7 @@ pub struct Grounds {
     pub bits_count: bool,
     /// The digest maps are of this standby's copy and were never interrupted.
     pub known_counts: bool,
-    /// The last position with a receipt.
+    /// The last position with a receipt; [`ALL_MARKED`] while a first sync has none.
     pub acked: (Position, Digest),
     /// A generation that was cut and may have been committed.
     pub pending: (Position, Digest),
@@ -53,7 +57,7 @@ pub fn footing(grounds: &Grounds, standing: &Standing) -> Res<Footing> {
     let counts = grounds.bits_count && grounds.known_counts;
     Ok(match (standing.tip.generation, standing.syncing) {
         (0, false) => Footing::FirstSync,
-        (0, true) if counts => Footing::ResumeFirstSync,
+        (0, true) if counts && grounds.acked == ALL_MARKED => Footing::ResumeFirstSync,
         (0, true) => Footing::Compare(Landing::Direct),
         _ if counts && (tip == grounds.acked || tip == grounds.pending) => Footing::Incremental,
         _ => Footing::Compare(Landing::Journal),
@@ -73,8 +77,9 @@ mod tests {
         for bits_count in [true, false] {
             for known_counts in [true, false] {
                 for syncing in [true, false] {
-                    for tip in [0, 4, 5, 6, 9] {
-                        let grounds = Grounds { epoch: 1, bits_count, known_counts, acked: at(5), pending: at(6) };
+                    for (tip, marked) in [0, 4, 5, 6, 9].map(|tip| (tip, false)).into_iter().chain([(0, true), (5, true)]) {
+                        let acked = if marked { ALL_MARKED } else { at(5) };
+                        let grounds = Grounds { epoch: 1, bits_count, known_counts, acked, pending: at(6) };
                         let (tip, tip_digest) = if tip == 0 { Default::default() } else { at(tip) };
                         let standing =
                             Standing { role: Role::Standby, epoch: 1, tip, tip_digest, open: None, syncing, defined: true };
@@ -82,8 +87,9 @@ mod tests {
                         let counts = bits_count && known_counts;
                         let want = match tip.generation {
                             0 if !syncing => Footing::FirstSync,
-                            0 if counts => Footing::ResumeFirstSync,
+                            0 if counts && marked => Footing::ResumeFirstSync,
                             0 => Footing::Compare(Landing::Direct),
+                            5 if marked => Footing::Compare(Landing::Journal),
                             5 | 6 if counts => Footing::Incremental,
                             _ => Footing::Compare(Landing::Journal),
                         };

@@ -13,5 +13,5 @@ mod plan;
 mod tests;
 
 pub use facts::{ContainerFact, Facts, Peer};
-pub use footing::{Footing, Grounds, footing};
+pub use footing::{ALL_MARKED, Footing, Grounds, footing};
 pub use plan::{Fencing, Plan, Step, plan_failover};

@@ -108,7 +108,8 @@ impl Tracker {
 
     /// Tracks a device as a volume of a group. All volumes of a group flip together.
     ///
-    /// `Fresh` leaves both halves empty: the caller marks what it does not know to be equal, usually everything. Errors:
+    /// `Fresh` leaves both halves empty, and the group without a base (S5): the caller marks what it does not know to be equal,
+    /// usually everything. Errors:
     /// `NOT_A_BLOCK_IMAGE`, `KERNEL_UNSUPPORTED`, `VOLUME_IN_USE` for devices whose writes would not all be seen;
     /// `IDENTITY_CHANGED` when the device is no longer what `device` says.
     pub fn track(&mut self, group: GroupId, volume: VolumeId, device: &DeviceIdentity) -> Res<Continuity> {
@@ -399,7 +400,14 @@ impl Tracker {
         let slot = free(&taken).ok_or_else(too_many)?;
         // 1. The group, if it is new.
         let group_slot = match self.groups.get(&group) {
-            Some(slot) => *slot,
+            // Its base spoke of this volume too, whose bits begin with nothing. Said here, durably, before the volume is live: the
+            // caller knows of `Fresh` only until it dies, and its next life would find everything unbroken on top of that base.
+            Some(slot) => {
+                let mut note = self.group_note(*slot)?;
+                note.base = Base::default();
+                self.kernel.set_group_record(*slot, &note.to_record())?;
+                *slot
+            }
             None => {
                 let slot = free(&self.groups.values().copied().collect::<Vec<_>>()).ok_or_else(too_many)?;
                 let note = GroupNote { used: 1, id: group.0, misses: self.kernel.misses()?, ..GroupNote::default() };
