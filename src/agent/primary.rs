@@ -156,6 +156,15 @@ impl Primary {
             let image_path = agent.image_path(spec.id);
             let device = agent.attach_volume(spec)?;
             let image = DeviceFile::open(&image_path, false)?;
+            let backing = device.identity.backing.as_ref().map(|b| (b.dev, b.inode));
+            if backing != Some(image.identity()?) {
+                return Err(Fault::new(
+                    Code::IdentityChanged,
+                    format!("volume {}", spec.name),
+                    format!("{} is not attached to {}", device.path.display(), image_path.display()),
+                    "detach that device and restart the agent",
+                ));
+            }
             if image.size_bytes() != spec.size_bytes {
                 return Err(Fault::new(
                     Code::IdentityChanged,
@@ -467,8 +476,8 @@ impl Primary {
     /// Nothing has changed since the tip: the standby's copy is good for now as well.
     fn unchanged(&mut self, wire: &mut Wire, tip: Position) -> Res<()> {
         let at = crate::agent::now();
-        // Looked at again after the clock: a write that ended before `at` has its bit by now.
-        if self.dirty_blocks()? != 0 {
+        // Looked at after the clock: a write that ended before `at` has its bit by now, or is in the kernel's account.
+        if self.dirty_blocks()? != 0 || !self.doubts()?.is_empty() {
             return Ok(());
         }
         let message = wire.sender.unchanged(at)?;
@@ -536,6 +545,11 @@ impl Primary {
         let doubts = self.doubts()?;
         if let Some(doubt) = doubts.first() {
             self.bits_count = false;
+            // What was promised rested on bits that are in doubt now: unknown is shown as unknown (S9).
+            self.group.with_live(|live| {
+                live.recoverable_to = Moment(0);
+                live.in_sync = false;
+            });
             return Err(Fault::new(
                 Code::TrackerDoubt,
                 format!("group {}", self.group.name),

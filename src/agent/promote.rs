@@ -28,10 +28,6 @@ pub fn failover(agent: &Arc<Agent>, group: &Group, dry_run: bool, force: bool, s
         Role::Standby => ask(agent, group, &record),
         _ => Peer::NotAsked,
     };
-    // From here on nothing more is received: whoever is connected is let go, and its next message is refused.
-    if !dry_run && matches!(record.role, Role::Standby | Role::Promoting) {
-        group.connection.fetch_add(1, Ordering::SeqCst);
-    }
     if record.role == Role::Primary && record.last_failover.is_none() {
         return already_primary(agent, group, &record, force);
     }
@@ -62,6 +58,9 @@ pub fn failover(agent: &Arc<Agent>, group: &Group, dry_run: bool, force: bool, s
             Exit::Done,
         ));
     }
+    // Nothing refuses it any more. From here on nothing is received either: whoever is connected is let go, and its next message
+    // is refused (it is looked at under the lock that is held here).
+    group.connection.fetch_add(1, Ordering::SeqCst);
     let (link_dir, scratch_dir) = (agent.link_dir(), agent.settings.run_dir.join("scratch"));
     crate::durable::private_dir(&link_dir)?;
     crate::durable::private_dir(&scratch_dir)?;

@@ -71,7 +71,7 @@ const ATTEMPTS: usize = 8;
 /// 3. Freeze: no write of a mounted volume is in flight or can begin.
 /// 4. Flip the phase: every earlier write has its bit in the taken half.
 /// 5. Take the sets; read them into memory. With the freeze on, that is one instant.
-/// 6. Volumes that are not mounted: nothing may have been written since the flip, else the instant is not one (try again).
+/// 6. Nothing may have been written since the flip (what is not mounted was not frozen), else the instant is not one: try again.
 /// 7. Thaw. If the helper had to thaw before us, the bytes are of no use.
 /// 8. Each device is still the same, and the tracker has seen everything; otherwise the caller compares in full.
 pub fn take(
@@ -91,7 +91,7 @@ pub fn take(
     Err(Fault::new(
         Code::CutNotExact,
         "the cut",
-        format!("a volume that is not mounted was written during each of {ATTEMPTS} attempts"),
+        format!("a volume was written, past any freeze, during each of {ATTEMPTS} attempts"),
         "find who writes to the device directly, or mount it through Docker",
     ))
 }
@@ -106,13 +106,9 @@ fn attempt(
 ) -> Res<Option<Attempt>> {
     check_identities(sources)?;
     let mut mounts: Vec<PathBuf> = Vec::new();
-    let mut bare = Vec::new();
-    for (index, source) in sources.iter().enumerate() {
+    for source in sources {
         let points = crate::host::mounts_of(source.identity.major, source.identity.minor)?;
-        match points.iter().find(|m: &&MountPoint| !m.read_only) {
-            Some(point) => mounts.push(point.path.clone()),
-            None => bare.push(index),
-        }
+        mounts.extend(points.iter().find(|m: &&MountPoint| !m.read_only).map(|point| point.path.clone()));
     }
     for mount in &mounts {
         crate::host::sync_fs(mount)?;
@@ -148,9 +144,9 @@ fn attempt(
             Ok(())
         })?;
     }
-    for index in bare {
-        let since = lock(tracker).active(sources[index].id)?;
-        if !since.is_empty() {
+    for source in sources {
+        // Asked of every volume: one that was mounted when it was looked at may have been unmounted before the freeze.
+        if lock(tracker).active_blocks(source.id)? != 0 {
             // Nothing is lost: the taken bits are still unreceipted, the new ones are in the active half.
             drop(frozen);
             lock(tracker).give_back(group)?;

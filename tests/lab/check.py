@@ -5,8 +5,8 @@
 
 lint    format, clippy with warnings as errors, and the scripts' own syntax
 unit    unit, property and integration tests that need no root, tests/house.rs among them
-crash   tests/crash_*.rs, in release mode
-kernel  tests/root_*.rs and the lab's own tests, as root, one at a time
+crash   tests/crash_*.rs, with debug assertions on: the planted wrong orders exist only there
+kernel  tests/root_*.rs one at a time, the lab's own tests, the stories on two hosts, and a short demo, as root
 """
 import glob
 import os
@@ -21,8 +21,10 @@ import report
 from lab import REPO, adopt_orphans
 
 TIERS = ("lint", "unit", "crash", "kernel")
-RESULT = re.compile(r"^test result: \w+\. (\d+) passed; (\d+) failed; (\d+) ignored")
+RESULT = re.compile(r"^(?:test result: \w+\. )?(\d+) passed[;,] (\d+) failed")
 IGNORED = re.compile(r"^test (\S+) \.\.\. ignored")
+# Not tests: a maker of files and a measurement, run by hand. Whatever else is left out counts as a failure.
+BY_HAND = {"make_golden", "throughput"}
 
 
 class Tally:
@@ -90,7 +92,7 @@ def harness(tally, what, argv, ignored_are_failures, limit_seconds=1800):
             counts["failed"] += int(found[2])
             return
         found = IGNORED.match(text)
-        if found and ignored_are_failures:
+        if found and ignored_are_failures and found[1].rsplit("::", 1)[-1] not in BY_HAND:
             tally.fail(f"{what}: {found[1]} did not run")
 
     code = run(argv, limit_seconds * (8 if tally.long else 1), line)
@@ -131,7 +133,7 @@ def crash(tally):
         tally.fail("there is no tests/crash_*.rs: nothing was shown")
         return
     selection = [word for name in named for word in ("--test", name)]
-    harness(tally, "crash", ["cargo", "test", "--release", "--locked", "--no-fail-fast"] + selection, True)
+    harness(tally, "crash", ["cargo", "test", "--locked", "--no-fail-fast"] + selection, True)
 
 
 def kernel(tally):
@@ -139,6 +141,10 @@ def kernel(tally):
         tally.fail("the kernel tier needs root: run sudo ./dev check kernel")
         return
     harness(tally, "lab", ["/usr/bin/python3", "-B", "tests/lab/selftest.py"], True)
+    plain(tally, "the release build", ["cargo", "build", "--release", "--locked"])
+    long = ["--long"] if tally.long else []
+    harness(tally, "stories", ["/usr/bin/python3", "-B", "tests/lab/stories.py"] + long, True, 900)
+    plain(tally, "demo", ["/usr/bin/python3", "-B", "tests/lab/demo.py", "--seconds", "10"], 600)
     named = tests("root_*.rs")
     if not named:
         tally.fail("there is no tests/root_*.rs: nothing was shown")
