@@ -5,6 +5,7 @@ use crate::delta::BlockDigest;
 use crate::known::Known;
 use crate::model::{BLOCK_BYTES, BlockRun};
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 /// Size at which a piece of payload is sent, in bytes.
 pub const PIECE_BYTES: usize = 256 << 10;
@@ -66,13 +67,65 @@ impl Sent {
     }
 }
 
+/// Whether lz4 gets a large set across faster than plain bytes: both are tried on a window each, the better one is kept for a
+/// while, then both are tried again. On a link that is slower than the processor lz4 wins, on a local one it only costs.
+pub struct Effort {
+    began: Instant,
+    window_bytes: u64,
+    windows: u32,
+    /// Bytes a second with lz4 and without, as last seen.
+    rates: [f64; 2],
+}
+
+/// Long enough that what waits in buffers does not decide.
+const WINDOW_BYTES: u64 = 32 << 20;
+/// Windows between two trials, the two trial windows included.
+const WINDOWS: u32 = 16;
+
+impl Effort {
+    /// Begins with lz4.
+    pub fn new() -> Effort {
+        Effort { began: Instant::now(), window_bytes: 0, windows: 0, rates: [0.0; 2] }
+    }
+    /// So many plain bytes went by; says whether lz4 is to be tried on the next ones.
+    pub fn passed(&mut self, bytes: u64) -> bool {
+        self.window_bytes += bytes;
+        if self.window_bytes >= WINDOW_BYTES {
+            let seconds = self.began.elapsed().as_secs_f64().max(1e-9);
+            self.ended(self.window_bytes as f64 / seconds);
+            (self.began, self.window_bytes) = (Instant::now(), 0);
+        }
+        self.packs()
+    }
+    fn ended(&mut self, rate: f64) {
+        if self.windows < 2 {
+            self.rates[self.windows as usize] = rate;
+        }
+        self.windows = (self.windows + 1) % WINDOWS;
+    }
+    fn packs(&self) -> bool {
+        match self.windows {
+            0 => true,
+            1 => false,
+            _ => self.rates[0] >= self.rates[1],
+        }
+    }
+}
+
 /// Builds pieces of payload.
-#[derive(Default)]
 pub struct Encoder {
     piece: Vec<u8>,
+    /// Whether lz4 is tried.
+    pub packs: bool,
     digests: Vec<u8>,
     /// What the pieces so far carry.
     pub sent: Sent,
+}
+
+impl Default for Encoder {
+    fn default() -> Self {
+        Encoder { piece: Vec::new(), packs: true, digests: Vec::new(), sent: Sent::default() }
+    }
 }
 
 impl Encoder {
@@ -109,7 +162,10 @@ impl Encoder {
         // Forgotten before it is sent: if we die between the standby's commit and the receipt, an old digest must not make a
         // later write of the old content look like "the standby holds it already".
         known.forget(part_run);
-        delta::encode(volume, part_run, plain, &mut self.piece);
+        match self.packs {
+            true => delta::encode(volume, part_run, plain, &mut self.piece),
+            false => delta::encode_unpacked(volume, part_run, plain, &mut self.piece),
+        }
         self.sent.note(volume, part_run, &self.digests);
         self.digests.clear();
     }
@@ -124,6 +180,23 @@ impl Encoder {
 mod tests {
     use super::*;
     use crate::model::{Digest, FileSystem, Uuid, VolumeSpec};
+
+    #[test]
+    fn the_faster_way_is_kept_and_both_are_tried_again() {
+        for (packed, plain) in [(5.0, 9.0), (9.0, 5.0)] {
+            let mut effort = Effort::new();
+            let mut seen = Vec::new();
+            for _ in 0..2 * WINDOWS {
+                seen.push(effort.packs());
+                effort.ended(if effort.packs() { packed } else { plain });
+            }
+            let better = packed > plain;
+            for round in seen.chunks(WINDOWS as usize) {
+                assert_eq!(round[..2], [true, false]);
+                assert!(round[2..].iter().all(|packs| *packs == better));
+            }
+        }
+    }
 
     #[test]
     fn only_what_differs_is_sent_and_believed_only_after_the_receipt() {

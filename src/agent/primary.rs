@@ -1,7 +1,7 @@
 //! The primary's side of one group: one thread that connects, finds its footing, and cycles.
 
 use crate::agent::Agent;
-use crate::agent::encode::{Encoder, Sent};
+use crate::agent::encode::{Effort, Encoder, Sent};
 use crate::agent::group::{Command, Group, SyncWaiter};
 use crate::agent::live::Progress;
 use crate::agent::wire::Wire;
@@ -767,10 +767,14 @@ impl Primary {
             let changed = taken.count() * BLOCK_BYTES;
             self.check_room(rounds, changed + changed / BLOCK_BYTES * RECORD_HEADER_BYTES as u64)?;
             let mut encoder = Encoder::default();
+            let mut effort = Effort::new();
+            // Under a cap the link is the narrow place, whatever a trial would say.
+            let capped = self.agent.settings.bandwidth_bytes_per_second.is_some();
             let Primary { engine, volumes, known, group, .. } = self;
             let read = reader::read(engine.as_mut(), &volumes[index].image, &taken, &mut |run, bytes| {
                 done += bytes.len() as u64;
                 wire.breathe()?;
+                encoder.packs = effort.passed(bytes.len() as u64) || capped;
                 if let Some(piece) = encoder.add(index as u16, run, bytes, &mut known[index]) {
                     let sent_bytes = piece.len() as u64;
                     wire.payload(piece)?;

@@ -12,7 +12,7 @@ mod record;
 mod zero;
 
 pub use digest::BlockDigest;
-pub use record::{RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RUN_BLOCKS_MAX, RecordHead, decode, encode, head};
+pub use record::{RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RUN_BLOCKS_MAX, RecordHead, decode, encode, encode_unpacked, head};
 pub use zero::is_zero;
 
 #[cfg(test)]

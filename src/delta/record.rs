@@ -55,12 +55,21 @@ pub struct RecordHead {
 /// Allocates only where `out` must grow: hand the same one in again. Panics when `plain` cannot be the bytes of `run` or the
 /// run is longer than [`RUN_BLOCKS_MAX`]: that is a mistake of the caller, and such a record must never be stored.
 pub fn encode(volume: u16, run: BlockRun, plain: &[u8], out: &mut Vec<u8>) {
+    encode_as(volume, run, plain, true, out);
+}
+
+/// The same without trying lz4: for a link that is faster than the processor.
+pub fn encode_unpacked(volume: u16, run: BlockRun, plain: &[u8], out: &mut Vec<u8>) {
+    encode_as(volume, run, plain, false, out);
+}
+
+fn encode_as(volume: u16, run: BlockRun, plain: &[u8], try_lz4: bool, out: &mut Vec<u8>) {
     assert!(fits(run.count, plain.len()), "{} bytes are not those of a run of {} blocks", plain.len(), run.count);
     let at = out.len();
     out.resize(at + RECORD_HEADER_BYTES, 0);
     let (encoding, stored_bytes) = if is_zero(plain) {
         (ZERO, 0)
-    } else if let Some(stored) = pack(plain, out) {
+    } else if let Some(stored) = try_lz4.then(|| pack(plain, out)).flatten() {
         (LZ4, stored)
     } else {
         out.extend_from_slice(plain);
