@@ -10,7 +10,7 @@ use crate::control::{Event, Request, Sink};
 use crate::durable;
 use crate::ledger::Record;
 use crate::link::Peer;
-use crate::model::{Code, Digest, Exit, Fault, GroupSpec, Moment, Position, Res, Role, VolumeSpec, check_name};
+use crate::model::{Code, Exit, Fault, GroupSpec, Res, Role, VolumeSpec, check_name};
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::sync::mpsc::RecvTimeoutError;
@@ -203,21 +203,7 @@ fn protect(
         }
     }
     let spec = GroupSpec { id: crate::agent::new_id()?, name: name.into(), volumes: chosen, containers: specs };
-    let record = Record {
-        role: Role::Primary,
-        epoch: 1,
-        spec: spec.clone(),
-        peer: peer.clone(),
-        committed: Position::default(),
-        committed_digest: Digest::default(),
-        committed_cut_at: Moment(0),
-        applied: Position::default(),
-        applied_digest: Digest::default(),
-        applied_cut_at: Moment(0),
-        syncing: false,
-        images: Default::default(),
-        last_failover: None,
-    };
+    let record = Record::new(Role::Primary, 1, spec.clone(), &peer);
     let group = Arc::new(Group::create(&agent.group_dir(spec.id), record)?);
     agent.add_group(group.clone());
     agent.start_primary(&group)?;

@@ -12,7 +12,7 @@ use crate::host;
 use crate::journal::{DirOverflow, Journal, Sealed};
 use crate::ledger::Record;
 use crate::link::Channel;
-use crate::model::{BLOCK_BYTES, BlockRun, Code, Digest, Fault, GroupId, GroupSpec, Moment, Position, Res, Role, SealedProof};
+use crate::model::{BLOCK_BYTES, BlockRun, Code, Digest, Fault, GroupId, GroupSpec, Position, Res, Role, SealedProof};
 use crate::session::{OpenTransfer, Receiver, ReceiverAction};
 use crate::verify;
 use std::os::fd::OwnedFd;
@@ -311,21 +311,7 @@ fn define_new(agent: &Arc<Agent>, peer: &str, id: GroupId, epoch: u64, bytes: &[
             false => drop(DeviceFile::create(&path, volume.size_bytes)?),
         }
     }
-    let record = Record {
-        role: Role::Standby,
-        epoch,
-        spec,
-        peer: peer.into(),
-        committed: Position::default(),
-        committed_digest: Digest::default(),
-        committed_cut_at: Moment(0),
-        applied: Position::default(),
-        applied_digest: Digest::default(),
-        applied_cut_at: Moment(0),
-        syncing: false,
-        images: Default::default(),
-        last_failover: None,
-    };
+    let record = Record::new(Role::Standby, epoch, spec, peer);
     let group = Arc::new(Group::create(&agent.group_dir(id), record)?);
     // Known from here on, whatever fails below: its ledger is there, so that it could not be defined a second time.
     let mut guard = lock(&group.standby);

@@ -55,6 +55,27 @@ pub struct Record {
     pub last_failover: Option<serde_json::Value>,
 }
 
+impl Record {
+    /// The first record of a group on a host: nothing committed, nothing applied.
+    pub fn new(role: Role, epoch: u64, spec: GroupSpec, peer: &str) -> Record {
+        Record {
+            role,
+            epoch,
+            spec,
+            peer: peer.into(),
+            committed: Position::default(),
+            committed_digest: Digest::default(),
+            committed_cut_at: Moment(0),
+            applied: Position::default(),
+            applied_digest: Digest::default(),
+            applied_cut_at: Moment(0),
+            syncing: false,
+            images: Default::default(),
+            last_failover: None,
+        }
+    }
+}
+
 /// Length of a slot in bytes.
 pub const SLOT_BYTES: u64 = 1 << 20;
 /// Length of the ledger's storage in bytes.
