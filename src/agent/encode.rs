@@ -3,7 +3,7 @@
 use crate::delta;
 use crate::delta::BlockDigest;
 use crate::known::Known;
-use crate::model::{BLOCK_BYTES, BlockRun};
+use crate::model::{BLOCK_BYTES, BlockRun, Res};
 use std::collections::BTreeMap;
 use std::time::Instant;
 
@@ -25,7 +25,7 @@ pub struct Sent {
 
 impl Sent {
     /// The receipt has come: the standby holds this.
-    pub fn believe(self, known: &mut [Known]) -> crate::model::Res<()> {
+    pub fn believe(self, known: &mut [Known]) -> Res<()> {
         let mut at = 0;
         for (volume, start, count) in self.runs {
             let end = at + count as usize * 16;
@@ -130,7 +130,8 @@ impl Default for Encoder {
 
 impl Encoder {
     /// Adds a run of a volume (at most `reader::RUN_BLOCKS` blocks); a full piece comes back.
-    pub fn add(&mut self, volume: u16, run: BlockRun, bytes: &[u8], known: &mut Known) -> Option<Vec<u8>> {
+    /// Error: `DISK_FULL` when the digest map has no room.
+    pub fn add(&mut self, volume: u16, run: BlockRun, bytes: &[u8], known: &mut Known) -> Res<Option<Vec<u8>>> {
         self.digests.clear();
         let (mut from, mut at) = (None, 0u64);
         let blocks = bytes.chunks(BLOCK_BYTES as usize);
@@ -140,7 +141,7 @@ impl Encoder {
             match (same, from) {
                 (false, None) => from = Some(at),
                 (true, Some(start)) => {
-                    self.record(volume, run, start..at, bytes, known);
+                    self.record(volume, run, start..at, bytes, known)?;
                     from = None;
                 }
                 _ => {}
@@ -151,23 +152,24 @@ impl Encoder {
             at += 1;
         }
         if let Some(start) = from {
-            self.record(volume, run, start..at, bytes, known);
+            self.record(volume, run, start..at, bytes, known)?;
         }
-        (self.piece.len() >= PIECE_BYTES).then(|| self.take())
+        Ok((self.piece.len() >= PIECE_BYTES).then(|| self.take()))
     }
 
-    fn record(&mut self, volume: u16, run: BlockRun, part: std::ops::Range<u64>, bytes: &[u8], known: &mut Known) {
+    fn record(&mut self, volume: u16, run: BlockRun, part: std::ops::Range<u64>, bytes: &[u8], known: &mut Known) -> Res<()> {
         let part_run = BlockRun { start: run.start + part.start, count: part.end - part.start };
         let plain = &bytes[(part.start * BLOCK_BYTES) as usize..bytes.len().min((part.end * BLOCK_BYTES) as usize)];
         // Forgotten before it is sent: if we die between the standby's commit and the receipt, an old digest must not make a
         // later write of the old content look like "the standby holds it already".
-        known.forget(part_run);
+        known.forget(part_run)?;
         match self.packs {
             true => delta::encode(volume, part_run, plain, &mut self.piece),
             false => delta::encode_unpacked(volume, part_run, plain, &mut self.piece),
         }
         self.sent.note(volume, part_run, &self.digests);
         self.digests.clear();
+        Ok(())
     }
 
     /// The last piece; empty when nothing is left.
@@ -208,7 +210,7 @@ mod tests {
         }
         let run = BlockRun { start: 8, count: 8 };
         let mut encoder = Encoder::default();
-        assert!(encoder.add(0, run, &bytes, &mut known).is_none());
+        assert!(encoder.add(0, run, &bytes, &mut known).unwrap().is_none());
         let spec = VolumeSpec {
             id: Uuid([0; 16]),
             name: "v".into(),
@@ -228,10 +230,10 @@ mod tests {
         let mut maps = [known];
         std::mem::take(&mut encoder.sent).believe(&mut maps).unwrap();
         let [mut known] = maps;
-        encoder.add(0, run, &bytes, &mut known);
+        encoder.add(0, run, &bytes, &mut known).unwrap();
         assert!(encoder.take().is_empty(), "everything is there now");
         bytes[4096] = 8;
-        encoder.add(0, run, &bytes, &mut known);
+        encoder.add(0, run, &bytes, &mut known).unwrap();
         assert!(!encoder.take().is_empty());
     }
 
@@ -241,8 +243,8 @@ mod tests {
         let (mut known, _) = Known::open(&dir.path().join("known"), 2 << 20, Digest([1; 32])).unwrap();
         let (mut first, mut second) = (Sent::default(), Sent::default());
         let one = BlockRun { start: (1 << 20) + 7, count: 1 };
-        known.forget(one);
-        known.forget(BlockRun { start: 0, count: 1 << 20 });
+        known.forget(one).unwrap();
+        known.forget(BlockRun { start: 0, count: 1 << 20 }).unwrap();
         first.note(0, one, &[1; 16]);
         first.note(0, BlockRun { start: 3, count: 1 }, &[5; 16]);
         // The second round is large: what it says of the block comes after its bound.

@@ -570,7 +570,7 @@ impl Primary {
         let mut encoder = Encoder::default();
         let mut pieces = Vec::new();
         for (volume, run, range) in &cut.runs {
-            pieces.extend(encoder.add(*volume, *run, &cut.bytes[range.clone()], &mut self.known[usize::from(*volume)]));
+            pieces.extend(encoder.add(*volume, *run, &cut.bytes[range.clone()], &mut self.known[usize::from(*volume)])?);
         }
         let last = encoder.take();
         if !last.is_empty() {
@@ -775,7 +775,7 @@ impl Primary {
                 done += bytes.len() as u64;
                 wire.breathe()?;
                 encoder.packs = effort.passed(bytes.len() as u64) || capped;
-                if let Some(piece) = encoder.add(index as u16, run, bytes, &mut known[index]) {
+                if let Some(piece) = encoder.add(index as u16, run, bytes, &mut known[index])? {
                     let sent_bytes = piece.len() as u64;
                     wire.payload(piece)?;
                     rounds.since_segment += sent_bytes;
@@ -839,7 +839,7 @@ impl Primary {
                 compared += mine.count();
                 for run in differ.runs(u64::MAX) {
                     mismatched.push(json!({ "volume": volume.name, "block": run.start, "blocks": run.count }));
-                    self.known[index].forget(run);
+                    self.known[index].forget(run)?;
                     tracing::error!(volume = %volume.name, block = run.start, blocks = run.count, "verify: differs from the standby, will be sent again");
                 }
                 if !differ.is_empty() {

@@ -24,7 +24,12 @@ pub struct Known {
     file: File,
     blocks: u64,
     path: String,
+    /// Pages of the file that have room on the disk, as far as this process made sure of it.
+    roomy: BlockSet,
 }
+
+/// Bytes of a page of the mapping.
+const PAGE_BYTES: u64 = 4096;
 
 impl Known {
     /// Opens the file of a volume of `blocks` blocks, or makes it. `about` names the copy (a digest over group, volume and
@@ -42,7 +47,8 @@ impl Known {
         }
         // SAFETY: the file is ours alone (0600 in a locked state directory) and is never truncated while mapped.
         let map = unsafe { MmapMut::map_mut(&file) }.map_err(io)?;
-        let mut known = Known { map, file, blocks, path: shown };
+        let mut known = Known { map, file, blocks, path: shown, roomy: BlockSet::empty(want.div_ceil(PAGE_BYTES)) };
+        known.make_room(0, HEADER_BYTES)?;
         if known.header() != header(about) {
             fresh = true;
             known.all_zero()?;
@@ -68,8 +74,34 @@ impl Known {
             libc::fallocate(self.file.as_raw_fd(), libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, 0, len as libc::off_t)
         };
         if done != 0 {
+            self.make_room(0, len)?;
             self.map.fill(0);
         }
+        self.roomy = BlockSet::empty(self.roomy.blocks());
+        self.make_room(0, HEADER_BYTES)
+    }
+
+    /// Takes room on the disk for bytes of the file before they are written through the mapping: there a full disk would not be an
+    /// error but a signal that ends the process. Error: `DISK_FULL`.
+    fn make_room(&mut self, from: u64, to: u64) -> Res<()> {
+        let (first, last) = (from / PAGE_BYTES, to.saturating_sub(1) / PAGE_BYTES);
+        if (first..=last).all(|page| self.roomy.contains(page)) {
+            return Ok(());
+        }
+        let pages = BlockRun { start: first, count: last - first + 1 };
+        let (offset, len) = (first * PAGE_BYTES, (last - first + 1) * PAGE_BYTES);
+        let whole = HEADER_BYTES + self.blocks * DIGEST_BYTES as u64;
+        let len = len.min(whole - offset);
+        // SAFETY: plain fallocate(2) on a descriptor that we own.
+        let done = unsafe { libc::fallocate(self.file.as_raw_fd(), 0, offset as libc::off_t, len as libc::off_t) };
+        if done != 0 {
+            let error = std::io::Error::last_os_error();
+            // A file system that cannot take room beforehand (none that we make volumes on) keeps the old risk.
+            if error.raw_os_error() != Some(libc::EOPNOTSUPP) {
+                return Err(Fault::io(format!("digest map {}", self.path), &error));
+            }
+        }
+        self.roomy.insert(pages);
         Ok(())
     }
 
@@ -95,15 +127,23 @@ impl Known {
         if !digests.len().is_multiple_of(DIGEST_BYTES) || start.checked_add(count).is_none_or(|end| end > self.blocks) {
             return Err(Fault::protocol(format!("digests for blocks {start}+{count} of a volume of {} blocks", self.blocks)));
         }
+        if count == 0 {
+            return Ok(());
+        }
         let at = self.at(start);
+        self.make_room(at as u64, (at + digests.len()) as u64)?;
         self.map[at..at + digests.len()].copy_from_slice(digests);
         Ok(())
     }
 
-    /// From now on nothing is known of these blocks.
-    pub fn forget(&mut self, run: BlockRun) {
+    /// From now on nothing is known of these blocks. Error: `DISK_FULL`; then what was known stays, and they are not to be sent.
+    pub fn forget(&mut self, run: BlockRun) -> Res<()> {
         let (from, to) = (self.at(run.start.min(self.blocks)), self.at(run.end().min(self.blocks)));
-        self.map[from..to].fill(0xff);
+        if from < to {
+            self.make_room(from as u64, to as u64)?;
+            self.map[from..to].fill(0xff);
+        }
+        Ok(())
     }
 
     /// The blocks that may be other than zero on the standby: found by the file's data extents, so that a sparse volume costs
@@ -181,7 +221,7 @@ mod tests {
         assert!(fresh);
         assert_eq!(known.get(9_999), BlockDigest::ZERO);
         known.set(5_000, &[1; 32]).unwrap();
-        known.forget(BlockRun { start: 7_000, count: 2 });
+        known.forget(BlockRun { start: 7_000, count: 2 }).unwrap();
         assert_eq!(known.get(5_001), BlockDigest([1; 16]));
         assert_eq!(known.get(7_001), BlockDigest::UNKNOWN);
         let set = known.nonzero().unwrap();
@@ -224,5 +264,20 @@ mod tests {
             assert!(fresh);
             assert_eq!(known.get(5), BlockDigest::ZERO);
         }
+    }
+
+    #[test]
+    fn a_full_disk_is_an_error_and_not_a_signal() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut known, _) = Known::open(&dir.path().join("map"), 1 << 20, Digest([7; 32])).unwrap();
+        let closed = OpenOptions::new().read(true).open(dir.path().join("map")).unwrap();
+        // A descriptor that may not write cannot take room: the same path as a disk that has none.
+        let open = std::mem::replace(&mut known.file, closed);
+        assert!(known.forget(BlockRun { start: 300_000, count: 1 }).is_err());
+        assert!(known.set(300_000, &[1; 16]).is_err());
+        assert_eq!(known.get(300_000), BlockDigest::ZERO);
+        known.file = open;
+        known.set(300_000, &[1; 16]).unwrap();
+        assert_eq!(known.get(300_000), BlockDigest([1; 16]));
     }
 }

@@ -9,7 +9,8 @@ use tokio::net::TcpStream;
 
 /// Sent data that nobody takes for so long ends the connection, in milliseconds. This covers a peer that is gone and (note L1) one
 /// that is there but has kept its window shut all that time.
-const USER_TIMEOUT_MS: u32 = 10_000;
+/// Longer than a standby's slowest flush should keep it from reading; a peer that is gone is noticed sooner by the agents' own silence.
+const USER_TIMEOUT_MS: u32 = 30_000;
 /// An idle connection is probed after so many seconds, and then every so many.
 const KEEPALIVE_IDLE_S: u32 = 5;
 const KEEPALIVE_EVERY_S: u32 = 2;
