@@ -534,7 +534,8 @@ class Lab:
         def answers():
             if not self.alive(host, pid):
                 raise LabError(f"the agent of {host} ended: {self.last_words(host, 'agent')}")
-            return self.doublure(host, ["status", "--json"], check=False, timeout=30).returncode == 0
+            # 4: it answers, and something is degraded (no peer yet, for one). That is an answer.
+            return self.doublure(host, ["status", "--json"], check=False, timeout=30).returncode in (0, 4)
 
         try:
             wait_for(f"an answer of {host}'s agent", 60, answers, 0.1)

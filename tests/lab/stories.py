@@ -360,10 +360,10 @@ def kernel_without_btf(tale, _rounds):
     """A kernel that does not describe itself: doctor says so, a fresh agent says so and ships nothing, nothing is lost."""
     tale.write("random")
     tale.kill_agent("alpha")
-    pins = tale.lab.exec("alpha", ["find", "/sys/fs/bpf", "-type", "f"]).stdout.split()
+    pins = tale.lab.exec("alpha", ["find", "/sys/fs/bpf/doublure", "-type", "f"]).stdout.split()
     if not pins:
-        raise LabError("no pin was found below /sys/fs/bpf")
-    tale.lab.exec("alpha", ["find", "/sys/fs/bpf", "-depth", "-type", "f", "-delete"])
+        raise LabError("no pin was found below /sys/fs/bpf/doublure")
+    tale.lab.exec("alpha", ["rm", "-r", "/sys/fs/bpf/doublure"])
     tale.lab.exec("alpha", ["mount", "-t", "tmpfs", "tmpfs", "/sys/kernel/btf"])
     try:
         tale.start("alpha")
