@@ -75,6 +75,8 @@ pub struct Effort {
     windows: u32,
     /// Bytes a second with lz4 and without, as last seen.
     rates: [f64; 2],
+    /// Whether the set is large enough for trials to pay.
+    trials: bool,
 }
 
 /// Long enough that what waits in buffers does not decide.
@@ -83,9 +85,10 @@ const WINDOW_BYTES: u64 = 32 << 20;
 const WINDOWS: u32 = 16;
 
 impl Effort {
-    /// Begins with lz4.
-    pub fn new() -> Effort {
-        Effort { began: Instant::now(), window_bytes: 0, windows: 0, rates: [0.0; 2] }
+    /// For a set of so many bytes. Begins with lz4, and stays with it where the set is too small for trials to pay.
+    pub fn new(set_bytes: u64) -> Effort {
+        let trials = set_bytes >= WINDOW_BYTES * u64::from(WINDOWS / 2);
+        Effort { began: Instant::now(), window_bytes: 0, windows: 0, rates: [0.0; 2], trials }
     }
     /// So many plain bytes went by; says whether lz4 is to be tried on the next ones.
     pub fn passed(&mut self, bytes: u64) -> bool {
@@ -105,6 +108,7 @@ impl Effort {
     }
     fn packs(&self) -> bool {
         match self.windows {
+            _ if !self.trials => true,
             0 => true,
             1 => false,
             _ => self.rates[0] >= self.rates[1],
@@ -186,7 +190,7 @@ mod tests {
     #[test]
     fn the_faster_way_is_kept_and_both_are_tried_again() {
         for (packed, plain) in [(5.0, 9.0), (9.0, 5.0)] {
-            let mut effort = Effort::new();
+            let mut effort = Effort::new(1 << 30);
             let mut seen = Vec::new();
             for _ in 0..2 * WINDOWS {
                 seen.push(effort.packs());
@@ -198,6 +202,7 @@ mod tests {
                 assert!(round[2..].iter().all(|packs| *packs == better));
             }
         }
+        assert!(Effort::new(80 << 20).passed(80 << 20), "a small set is not worth a trial");
     }
 
     #[test]

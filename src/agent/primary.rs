@@ -767,7 +767,7 @@ impl Primary {
             let changed = taken.count() * BLOCK_BYTES;
             self.check_room(rounds, changed + changed / BLOCK_BYTES * RECORD_HEADER_BYTES as u64)?;
             let mut encoder = Encoder::default();
-            let mut effort = Effort::new();
+            let mut effort = Effort::new(changed);
             // Under a cap the link is the narrow place, whatever a trial would say.
             let capped = self.agent.settings.bandwidth_bytes_per_second.is_some();
             let Primary { engine, volumes, known, group, .. } = self;
