@@ -269,6 +269,10 @@ impl Primary {
             acked: base.acked,
             pending: base.pending,
         };
+        if standing.syncing {
+            // What it had acknowledged it does not vouch for now.
+            self.group.with_live(|live| live.recoverable_to = Moment(0));
+        }
         let step = footing(&grounds, &standing)?;
         let (tip, acked, maybe) = (standing.tip, base.acked.0, base.pending.0);
         tracing::info!(group = %self.group.name, ?step, %tip, %acked, %maybe, grounds.bits_count, grounds.known_counts, "connected");

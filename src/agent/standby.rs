@@ -12,7 +12,7 @@ use crate::host;
 use crate::journal::{DirOverflow, Journal, Sealed};
 use crate::ledger::Record;
 use crate::link::Channel;
-use crate::model::{BLOCK_BYTES, BlockRun, Code, Digest, Fault, GroupId, GroupSpec, Position, Res, Role, SealedProof};
+use crate::model::{BLOCK_BYTES, BlockRun, Code, Digest, Fault, GroupId, GroupSpec, Moment, Position, Res, Role, SealedProof};
 use crate::session::{OpenTransfer, Receiver, ReceiverAction};
 use crate::verify;
 use std::os::fd::OwnedFd;
@@ -101,6 +101,7 @@ impl Standby {
         if record.role == Role::Standby {
             standby.apply_sealed(group)?;
         }
+        standby.give_up_corrupt(group, record.role)?;
         let engine = standby.engine.name().to_string();
         group.with_live(|live| {
             live.engine = engine;
@@ -111,6 +112,40 @@ impl Standby {
             live.state = "standby".into();
         });
         Ok(standby)
+    }
+
+    /// Something acknowledged cannot be had any more (a failing disk, a hand in the files), and the replica may hold a part of it.
+    ///
+    /// 1. The ledger says `syncing`, durably: nothing here is promoted any more (S3, S12). It also takes over the journal's tip as the
+    ///    place in the chain: positions never go back, and while `syncing` stands it says nothing of the replica's bytes.
+    /// 2. The journal gives up what it lost, and goes on from its tip.
+    /// 3. The primary sees `syncing`, compares in full, and ships what differs; its commit ends `syncing` (see `Commit` below).
+    ///
+    /// A host that is being promoted has no primary to compare with: there it stays an error.
+    fn give_up_corrupt(&mut self, group: &Group, role: Role) -> Res<()> {
+        let Some(fault) = self.journal.corrupt().cloned() else { return Ok(()) };
+        tracing::error!(group = %group.name, "{fault}");
+        if role != Role::Standby {
+            return Err(fault);
+        }
+        // 1
+        let (tip, tip_digest) = self.journal.tip();
+        group.edit_ledger(|record| {
+            record.syncing = true;
+            if tip > record.applied {
+                (record.applied, record.applied_digest, record.applied_cut_at) = (tip, tip_digest, Moment(0));
+                (record.committed, record.committed_digest, record.committed_cut_at) = (tip, tip_digest, Moment(0));
+            }
+            Ok(())
+        })?;
+        // 2
+        self.journal.discard_corrupt()?;
+        group.with_live(|live| {
+            live.recoverable_to = Moment(0);
+            live.in_sync = false;
+            live.fault(fault);
+        });
+        Ok(())
     }
 
     /// Applies what is committed, oldest first, and lets the journal forget it.
@@ -160,10 +195,6 @@ fn open_journal(agent: &Agent, group: &Group, record: &Record) -> Res<(Journal, 
     }
     if recovered.flush_not_kept {
         tracing::error!(group = %group.name, "journal: this disk does not keep what it flushes; its write cache is not to be trusted");
-    }
-    // Something acknowledged cannot be had any more. The replica may hold a part of it, so nothing here is promoted or built upon.
-    if let Some(fault) = recovered.corrupt {
-        return Err(fault);
     }
     Ok((journal, recovered.sealed))
 }
@@ -504,6 +535,15 @@ fn act(
                     let sealed = standby.journal.seal(payload_bytes, payload_digest, digest, cut_at).map_err(on_standby)?;
                     let answer = receiver.committed(&sealed)?;
                     standby.sealed.push(sealed);
+                    // The comparison that made good for what was lost is sealed with this generation: from here on its redo makes
+                    // the replica whole, whatever part of anything it held.
+                    if group.record()?.syncing {
+                        group.edit_ledger(|record| {
+                            record.syncing = false;
+                            Ok(())
+                        })?;
+                        group.with_live(|live| live.clear(Code::Corrupt));
+                    }
                     Ok(answer)
                 }
             })?;

@@ -159,10 +159,10 @@ pub(super) fn open_on(mount: &Path) -> Res<File> {
     opened.map_err(|e| Fault::io(mount.display().to_string(), &e))
 }
 
-/// Free bytes for root on the file system of `path`.
+/// Free bytes for anybody, without what is reserved, on the file system of `path`.
 pub fn free_bytes(path: &Path) -> Res<u64> {
     let stat = nix::sys::statvfs::statvfs(path).map_err(|e| Fault::io(path.display().to_string(), &e.into()))?;
-    Ok((stat.blocks_free() as u64).saturating_mul(stat.fragment_size() as u64))
+    Ok((stat.blocks_available() as u64).saturating_mul(stat.fragment_size() as u64))
 }
 
 #[cfg(test)]

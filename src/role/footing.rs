@@ -59,6 +59,8 @@ pub fn footing(grounds: &Grounds, standing: &Standing) -> Res<Footing> {
         (0, false) => Footing::FirstSync,
         (0, true) if counts && grounds.acked == ALL_MARKED => Footing::ResumeFirstSync,
         (0, true) => Footing::Compare(Landing::Direct),
+        // It lost something that it had acknowledged: whatever it holds, only a comparison makes it whole.
+        (_, true) => Footing::Compare(Landing::Journal),
         _ if counts && (tip == grounds.acked || tip == grounds.pending) => Footing::Incremental,
         _ => Footing::Compare(Landing::Journal),
     })
@@ -89,6 +91,7 @@ mod tests {
                             0 if !syncing => Footing::FirstSync,
                             0 if counts && marked => Footing::ResumeFirstSync,
                             0 => Footing::Compare(Landing::Direct),
+                            _ if syncing => Footing::Compare(Landing::Journal),
                             5 if marked => Footing::Compare(Landing::Journal),
                             5 | 6 if counts => Footing::Incremental,
                             _ => Footing::Compare(Landing::Journal),

@@ -382,6 +382,38 @@ def kernel_without_btf(tale, _rounds):
     return f"said so, then compared in full, equal at generation {tip}"
 
 
+def rotten_journal(tale, _rounds):
+    """The standby's state falls back and its journal is wiped: what it had acknowledged is gone, and it says so and is made whole."""
+    state = os.path.dirname(os.path.dirname(tale.paths("beta")["vol-ext4"]))
+    found = subprocess.run(["find", os.path.join(state, "groups"), "-name", "ledger"], capture_output=True, text=True).stdout.split()
+    if len(found) != 1:
+        raise LabError(f"beta's ledger was not found: {found}")
+    ledger, journal = found[0], os.path.join(os.path.dirname(found[0]), "journal")
+    tale.kill_agent("beta")
+    with open(ledger, "rb") as file:
+        old = file.read()
+    tale.start("beta")
+    tale.write("random", "files")
+    before = tale.group()["generation"]
+    wait_for("some generations", 60, lambda: tale.group("beta")["generation"] > before + 5, 0.2)
+    tale.kill_agent("beta")
+    with open(ledger, "r+b") as file:
+        file.write(old)
+    with open(journal, "r+b") as file:
+        # The superblocks and marks stay: they know what was promised.
+        file.seek(16384)
+        file.write(bytes(os.path.getsize(journal) - 16384))
+    tale.start("beta")
+    log = open(tale.lab.path("beta", "log", "agent.log"), encoding="utf-8", errors="replace").read()
+    if "[CORRUPT]" not in log:
+        raise LabError("the standby did not say that its journal lost something")
+    tip = tale.equal()
+    row = tale.group("beta")
+    if row["syncing"] or row["faults"]:
+        raise LabError(f"the standby was not made whole: syncing {row['syncing']}, {row['faults']}")
+    return f"said so, compared in full, equal at generation {tip}"
+
+
 STORIES = [
     ("writes_during_cuts", writes_during_cuts, 2, 40),
     ("discard_storm", discard_storm, 2, 40),
@@ -391,6 +423,7 @@ STORIES = [
     ("second_agent", second_agent, 1, 1),
     ("garbage_on_the_port", garbage_on_the_port, 1, 1),
     ("full_standby", full_standby, 1, 1),
+    ("rotten_journal", rotten_journal, 1, 5),
     ("kernel_without_btf", kernel_without_btf, 1, 5),
     ("killed_agents", killed_agents, 20, 500),
 ]
