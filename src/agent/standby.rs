@@ -98,10 +98,14 @@ impl Standby {
             landing: Landing::Journal,
             spec: record.spec.clone(),
         };
-        if record.role == Role::Standby {
+        if let Some(fault) = standby.gap(&record) {
+            standby.give_up_lost(group, record.role, fault)?;
+        } else if record.role == Role::Standby {
             standby.apply_sealed(group)?;
         }
-        standby.give_up_corrupt(group, record.role)?;
+        if let Some(fault) = standby.journal.corrupt().cloned() {
+            standby.give_up_lost(group, record.role, fault)?;
+        }
         let engine = standby.engine.name().to_string();
         group.with_live(|live| {
             live.engine = engine;
@@ -114,16 +118,31 @@ impl Standby {
         Ok(standby)
     }
 
+    /// Whether what the journal holds does not follow what the ledger calls applied: generations in between are gone.
+    fn gap(&self, record: &Record) -> Option<Fault> {
+        let first = self.sealed.iter().find(|sealed| sealed.position() > record.applied)?;
+        (first.parent() != (record.applied, record.applied_digest)).then(|| {
+            let cause = format!(
+                "it holds {} next, which follows {}, and {} is applied",
+                first.position(),
+                first.parent().0,
+                record.applied
+            );
+            let next =
+                "both sides are compared in full by themselves; look for a failing disk or a state directory that was put back";
+            Fault::new(Code::Corrupt, format!("the journal of group {}", record.spec.name), cause, next)
+        })
+    }
+
     /// Something acknowledged cannot be had any more (a failing disk, a hand in the files), and the replica may hold a part of it.
     ///
     /// 1. The ledger says `syncing`, durably: nothing here is promoted any more (S3, S12). It also takes over the journal's tip as the
     ///    place in the chain: positions never go back, and while `syncing` stands it says nothing of the replica's bytes.
-    /// 2. The journal gives up what it lost, and goes on from its tip.
+    /// 2. The journal gives up what it lost or holds beyond a gap, and goes on from its tip.
     /// 3. The primary sees `syncing`, compares in full, and ships what differs; its commit ends `syncing` (see `Commit` below).
     ///
     /// A host that is being promoted has no primary to compare with: there it stays an error.
-    fn give_up_corrupt(&mut self, group: &Group, role: Role) -> Res<()> {
-        let Some(fault) = self.journal.corrupt().cloned() else { return Ok(()) };
+    fn give_up_lost(&mut self, group: &Group, role: Role, fault: Fault) -> Res<()> {
         tracing::error!(group = %group.name, "{fault}");
         if role != Role::Standby {
             return Err(fault);
@@ -139,6 +158,10 @@ impl Standby {
             Ok(())
         })?;
         // 2
+        if !self.sealed.is_empty() {
+            self.sealed.clear();
+            self.journal.release(tip)?;
+        }
         self.journal.discard_corrupt()?;
         group.with_live(|live| {
             live.recoverable_to = Moment(0);

@@ -396,6 +396,11 @@ def rotten_journal(tale, _rounds):
     tale.write("random", "files")
     before = tale.group()["generation"]
     wait_for("some generations", 60, lambda: tale.group("beta")["generation"] > before + 5, 0.2)
+    if tale.random.random() < 0.5:
+        # A generation larger than the ring lies in a file of its own, which outlives the wiping below: then there is a gap.
+        tale.lab.exec("alpha", ["dd", "if=/dev/urandom", "of=/mnt/vol-xfs/large", "bs=1M", "count=90", "conv=fsync", "status=none"])
+        large = tale.group()["generation"]
+        wait_for("the large generation", 60, lambda: tale.group("beta")["generation"] > large, 0.02)
     tale.kill_agent("beta")
     with open(ledger, "r+b") as file:
         file.write(old)
