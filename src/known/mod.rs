@@ -6,7 +6,7 @@
 #![allow(unsafe_code)]
 
 use crate::delta::BlockDigest;
-use crate::model::{BlockRun, BlockSet, Code, Digest, Fault, Res};
+use crate::model::{BlockRun, BlockSet, Digest, Fault, Res};
 use memmap2::MmapMut;
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
@@ -185,19 +185,6 @@ impl Known {
     /// Number of blocks.
     pub fn blocks(&self) -> u64 {
         self.blocks
-    }
-
-    /// Checks that `run` lies on the volume.
-    pub fn check(&self, run: BlockRun) -> Res<()> {
-        match run.start.checked_add(run.count) {
-            Some(end) if end <= self.blocks => Ok(()),
-            _ => Err(Fault::new(
-                Code::Internal,
-                "digest map",
-                format!("{run:?} is past {} blocks", self.blocks),
-                "please report this",
-            )),
-        }
     }
 }
 
