@@ -4,6 +4,12 @@
 //! Never sends anything, never knows what a generation is.
 //! Assumes the notes headed C in `kernel-notes.md`.
 
+mod batch;
+mod stream;
+
+pub use batch::Change;
+pub use stream::{Step, Stream, StreamCounts, StreamPlant};
+
 use crate::device::DeviceFile;
 use crate::device::Engine;
 use crate::host::DeviceIdentity;

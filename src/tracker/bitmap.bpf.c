@@ -19,75 +19,16 @@
 // `held` belongs to user space alone: what earlier flips took and nobody has acknowledged yet.
 // A summary bit stands for a page of 512 words; it is set before the first bit of its page, never after.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "shared.bpf.h"
 
-#define SEC(name) __attribute__((section(name), used))
-#define __uint(name, val) int(*name)[val]
-#define __type(name, val) typeof(val) *name
-#define __array(name, val) typeof(val) *name[]
-#define inline_always inline __attribute__((always_inline))
-
-enum { MAP_HASH = 1, MAP_ARRAY = 2, MAP_PERCPU_ARRAY = 6, MAP_ARRAY_OF_MAPS = 12 };
-enum { F_NO_PREALLOC = 1 << 0, F_MMAPABLE = 1 << 10, F_INNER_MAP = 1 << 12 };
-
-static void *(*bpf_map_lookup_elem)(void *map, const void *key) = (void *)1;
-static long (*bpf_loop)(u32 nr, void *callback, void *ctx, u64 flags) = (void *)181;
-
-// Only the fields that are read; the loader relocates them against the running kernel's BTF.
-#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
-struct gendisk {
-	int major;
-	int first_minor;
-	u64 diskseq;
-};
-struct block_device {
-	struct gendisk *bd_disk;
-};
-struct bvec_iter {
-	u64 bi_sector;
-	u32 bi_size;
-};
-struct bio {
-	struct bio *bi_next;
-	struct block_device *bi_bdev;
-	u32 bi_opf;
-	struct bvec_iter bi_iter;
-};
-struct request_queue {
-	struct gendisk *disk;
-};
-struct request {
-	struct request_queue *q;
-	u32 cmd_flags;
-	u64 __sector;
-	struct bio *bio;
-};
-#pragma clang attribute pop
-
-enum { MAX_VOLUMES = 1024, PROGRAMS = 4, HALVES = 2, REGIONS = 3, NOTE_BYTES = 256 };
-// `enum req_op` of the kernel. An odd operation writes (op_is_write()); these four have kept number and meaning since
-// before 5.15. Any other odd one (zones, passthrough) is counted: user space doubts.
-enum { OP_MASK = 255, OP_WRITE = 1, OP_DISCARD = 3, OP_SECURE_ERASE = 5, OP_WRITE_ZEROES = 9 };
-
-struct volume {
-	u32 slot;
-	u32 group;
-	u64 diskseq;
-	u64 blocks;
-	u32 words; // of one half
-	u32 summary_words; // of one half
-};
-struct group {
-	u32 phase;
-	u32 unused;
-};
+enum { PROGRAMS = 4, HALVES = 2, REGIONS = 3, NOTE_BYTES = 256 };
 // One per program and volume, per CPU: a program is never re-entered on a CPU, so plain adds are exact.
 struct counters {
 	u64 sectors; // changed, 512 bytes each
 	u64 unknown; // operations whose range is not known
 	u64 outside; // ranges that could not be recorded
 	u64 stale; // operations on another disk under this number
+	u64 untracked; // writes that found no place in the in-flight table
 };
 struct note {
 	unsigned char bytes[NOTE_BYTES];
@@ -99,22 +40,6 @@ struct bits_map {
 	__type(key, u32);
 	__type(value, u64);
 };
-
-struct {
-	__uint(type, MAP_HASH);
-	__uint(max_entries, MAX_VOLUMES);
-	__uint(map_flags, F_NO_PREALLOC); // a preallocated element would be reused under a running program
-	__type(key, u32); // major << 20 | first_minor
-	__type(value, struct volume);
-} volumes SEC(".maps");
-
-struct {
-	__uint(type, MAP_ARRAY);
-	__uint(max_entries, MAX_VOLUMES);
-	__uint(map_flags, F_MMAPABLE);
-	__type(key, u32);
-	__type(value, struct group);
-} groups SEC(".maps");
 
 struct {
 	__uint(type, MAP_ARRAY_OF_MAPS);
@@ -206,19 +131,20 @@ __attribute__((noinline)) int mark_blocks(u32 slot, u64 bits_at, u64 summary_at,
 	return walk.failed;
 }
 
-static inline_always struct volume *find(struct gendisk *disk)
-{
-	u32 dev = (u32)disk->major << 20 | (u32)disk->first_minor;
-
-	return bpf_map_lookup_elem(&volumes, &dev);
-}
-
 static inline_always struct counters *counters_of(struct volume *volume, u32 program)
 {
 	u32 at = volume->slot * PROGRAMS + program;
 
 	return bpf_map_lookup_elem(&counters, &at);
 }
+
+static inline_always int mark_range(struct volume *volume, u32 half, u64 first, u64 last)
+{
+	return mark_blocks(volume->slot, (u64)half * volume->words,
+			   (u64)REGIONS * volume->words + (u64)half * volume->summary_words, first, last);
+}
+
+#include "flight.bpf.h"
 
 // One range, rounded outwards to blocks, into the half `half`.
 static inline_always void mark_sectors(struct volume *volume, struct counters *count, u32 half, u64 sector, u64 bytes)
@@ -237,24 +163,14 @@ static inline_always void mark_sectors(struct volume *volume, struct counters *c
 		count->outside++;
 		last = blocks - 1;
 	}
-	if (mark_blocks(volume->slot, (u64)half * volume->words,
-			(u64)REGIONS * volume->words + (u64)half * volume->summary_words, first, last))
+	if (mark_range(volume, half, first, last))
 		count->outside++;
 }
 
-// The half to write to: the one load of the phase that a program run makes. A group that cannot be found would mean a
-// torn map; half 0 is then as good as any, because user space reads both.
+// The half to write to.
 static inline_always u32 active_half(struct volume *volume)
 {
-	u32 at = volume->group;
-	struct group *group = bpf_map_lookup_elem(&groups, &at);
-
-	return group ? *(volatile u32 *)&group->phase % HALVES : 0;
-}
-
-static inline_always int known(u32 op)
-{
-	return op == OP_WRITE || op == OP_DISCARD || op == OP_SECURE_ERASE || op == OP_WRITE_ZEROES;
+	return (u32)phase_of(volume) % HALVES;
 }
 
 static inline_always int submitted(struct bio *bio, u32 program)
@@ -281,6 +197,11 @@ static inline_always int submitted(struct bio *bio, u32 program)
 	if (!known(op))
 		count->unknown++;
 	mark_sectors(volume, count, active_half(volume), bio->bi_iter.bi_sector, bio->bi_iter.bi_size);
+	// After the bit: whoever does not find a write in the table finds its bit.
+	if (program == 0 && bio->bi_iter.bi_size &&
+	    flight_begin(number_of(bio), volume, (u32)disk->major << 20 | (u32)disk->first_minor, bio->bi_iter.bi_sector,
+			 bio->bi_iter.bi_size))
+		count->untracked++;
 	return 0;
 }
 
@@ -313,7 +234,7 @@ static inline_always int completed(struct request *rq, u32 bytes, u32 program)
 	if (op != OP_DISCARD || !bio || !bio->bi_next) {
 		// Data and flush sequences complete twice, the second time with no bytes; partial completions name theirs.
 		mark_sectors(volume, count, half, rq->__sector, bytes);
-		return 0;
+		goto ended;
 	}
 	// Devices that take many ranges in one discard merge bios that do not touch: each has its own range.
 	for (i = 0; i < 256 && bio; i++) {
@@ -322,6 +243,10 @@ static inline_always int completed(struct request *rq, u32 bytes, u32 program)
 	}
 	if (bio)
 		count->unknown++;
+ended:
+	// After the bit, for the same reason.
+	if (program == 2 && bytes)
+		flights_end(rq, bytes);
 	return 0;
 }
 
@@ -337,5 +262,15 @@ static inline_always int completed(struct request *rq, u32 bytes, u32 program)
 
 COPY(a, 0)
 COPY(b, 1)
+
+// A bio that ended without having become a request: refused (RWF_NOWAIT), or in error before it reached the driver.
+SEC("tp_btf/block_bio_complete") int drop(u64 *ctx)
+{
+	struct bio *bio = (struct bio *)ctx[1];
+
+	if (bio->bi_opf & 1)
+		flight_progress(number_of(bio), ~0U);
+	return 0;
+}
 
 char LICENSE[] SEC("license") = "GPL";

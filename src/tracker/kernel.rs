@@ -21,13 +21,22 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// The programs as `build.rs` made them.
 static OBJECT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/bitmap.bpf.o"));
 /// Version of everything that this side keeps in the maps: the notes and the layout of the bits.
-const SCHEMA: u32 = 3;
+const SCHEMA: u32 = 4;
 /// Most volumes, and most groups, that can be tracked at once; `MAX_VOLUMES` in `bitmap.bpf.c`.
 pub(super) const MAX_VOLUMES: u32 = 1024;
 /// The element of the array of maps that exists only to be updated.
 const SPARE_SLOT: u32 = MAX_VOLUMES;
 /// Maps that are pinned under their own names.
-const MAPS: [&str; 7] = ["volumes", "groups", "bits", "counters", "host_note", "group_notes", "volume_notes"];
+const MAPS: [&str; 10] =
+    ["volumes", "groups", "bits", "counters", "rings", "shares", "flights", "host_note", "group_notes", "volume_notes"];
+/// The program that has no copy and no counters: it only takes refused writes out of the in-flight table.
+const DROP: &str = "drop";
+/// 64-bit words of a volume's `struct share`.
+const SHARE_WORDS: usize = 8;
+/// Words of the in-flight table: sets, ways, words of a `struct flight`.
+const FLIGHT_WORDS: usize = 4096 * 8 * 4;
+/// Bit of the phase word that says that capture is on.
+const CAPTURE_BIT: u64 = 1 << 32;
 /// The magic number of bpffs in `statfs(2)`.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 /// Flags of the inner maps: may be mapped, may differ in length from the template.
@@ -88,8 +97,20 @@ pub(super) struct Kernel {
     group_notes: MapHandle,
     volume_notes: MapHandle,
     groups: Words,
+    rings: MapHandle,
+    shares: Words,
+    flights: Words,
     spare: MapHandle,
     attached: Vec<Attached>,
+}
+
+/// A write that was submitted and not seen to complete: `struct flight` in `shared.bpf.h`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Flight {
+    /// First sector of 512 bytes.
+    pub sector: u64,
+    /// Number of sectors.
+    pub sectors: u64,
 }
 
 /// An error of libbpf about `thing`.
@@ -166,10 +187,27 @@ impl Kernel {
         let [volumes, groups, bits, counters] = [open("volumes")?, open("groups")?, open("bits")?, open("counters")?];
         let [host_note, group_notes, volume_notes] = [open("host_note")?, open("group_notes")?, open("volume_notes")?];
         let attached = NAMES.iter().map(|name| attached_at(dir, name)).collect::<Res<Vec<_>>>()?;
+        attached_at(dir, DROP)?;
         let groups = map_words(&groups, u64::from(MAX_VOLUMES))?;
+        let (rings, shares, flights) = (open("rings")?, open("shares")?, open("flights")?);
+        let shares = map_words(&shares, u64::from(MAX_VOLUMES) * SHARE_WORDS as u64)?;
+        let flights = map_words(&flights, FLIGHT_WORDS as u64)?;
         let spare = new_bits(1)?;
-        let kernel =
-            Kernel { dir: dir.into(), volumes, bits, counters, host_note, group_notes, volume_notes, groups, spare, attached };
+        let kernel = Kernel {
+            dir: dir.into(),
+            volumes,
+            bits,
+            counters,
+            host_note,
+            group_notes,
+            volume_notes,
+            groups,
+            rings,
+            shares,
+            flights,
+            spare,
+            attached,
+        };
         let (says, is) = (HostNote::from_record(&read_record(&kernel.host_note, 0)?), host_note_of(&kernel.attached)?);
         match says == is {
             true => Ok(kernel),
@@ -182,15 +220,53 @@ impl Kernel {
 
     /// The phase of a group: counts flips; its remainder by the number of halves is the active half.
     pub(super) fn phase(&self, group: u32) -> u32 {
-        // The element is `{u32 phase; u32 unused}`: the phase is the first half of the word in memory.
-        let bytes = self.groups.all()[group as usize].load(Ordering::SeqCst).to_ne_bytes();
-        u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
+        self.groups.all()[group as usize].load(Ordering::SeqCst) as u32
     }
-    /// Stores a phase, in one store, after everything that this thread wrote to the halves.
-    pub(super) fn set_phase(&self, group: u32, phase: u32) {
-        let [a, b, c, d] = phase.to_ne_bytes();
-        let element: &AtomicU64 = &self.groups.all()[group as usize];
-        element.store(u64::from_ne_bytes([a, b, c, d, 0, 0, 0, 0]), Ordering::SeqCst);
+    /// Whether the phase word says that writes of the group are captured.
+    pub(super) fn captures(&self, group: u32) -> bool {
+        self.groups.all()[group as usize].load(Ordering::SeqCst) & CAPTURE_BIT != 0
+    }
+    /// Stores a phase and whether capture is on, in one store, after everything that this thread wrote to the halves.
+    pub(super) fn set_phase(&self, group: u32, phase: u32, capture: bool) {
+        let word = u64::from(phase) | if capture { CAPTURE_BIT } else { 0 };
+        self.groups.all()[group as usize].store(word, Ordering::SeqCst);
+    }
+    /// The directory of the pins.
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+    /// Gives a group's programs this ring.
+    pub(super) fn set_ring(&self, group: u32, ring: &MapHandle) -> Res<()> {
+        let done = self.rings.update(&group.to_ne_bytes(), &ring.as_fd().as_raw_fd().to_ne_bytes(), MapFlags::ANY);
+        done.map_err(|e| fault_of("the table of rings", &e))
+    }
+    /// Takes a group's ring away.
+    pub(super) fn drop_ring(&self, group: u32) -> Res<()> {
+        match self.rings.delete(&group.to_ne_bytes()) {
+            Err(error) if error.kind() != libbpf_rs::ErrorKind::NotFound => Err(fault_of("the table of rings", &error)),
+            _ => Ok(()),
+        }
+    }
+    /// Begins a volume's account with its ring: nothing put, nothing taken, so many bytes of room.
+    pub(super) fn begin_share(&self, slot: u32, room_bytes: u64) {
+        let words = self.share(slot);
+        [0, 0, room_bytes, 0].iter().zip(words).for_each(|(value, word)| word.store(*value, Ordering::SeqCst));
+    }
+    fn share(&self, slot: u32) -> &[AtomicU64] {
+        &self.shares.all()[slot as usize * SHARE_WORDS..(slot as usize + 1) * SHARE_WORDS]
+    }
+    /// Writes of a volume that were submitted and not seen to complete.
+    pub(super) fn flights(&self, slot: u32) -> Vec<Flight> {
+        flights_in(self.flights.all(), slot)
+    }
+    /// Another mapping of the shares and of the in-flight table, for whoever must look without the tracker's lock.
+    pub(super) fn map_again(&self) -> Res<(Words, Words)> {
+        let open = |name: &str, words: usize| {
+            let path = self.dir.join(name);
+            let map = MapHandle::from_pinned_path(&path).map_err(|e| fault_of(&format!("pinned map {}", path.display()), &e))?;
+            map_words(&map, words as u64)
+        };
+        Ok((open("shares", MAX_VOLUMES as usize * SHARE_WORDS)?, open("flights", FLIGHT_WORDS)?))
     }
     /// Updates the spare element of the array of maps, which makes the kernel wait for running programs.
     pub(super) fn touch_spare(&self) -> libbpf_rs::Result<()> {
@@ -288,6 +364,7 @@ impl Kernel {
                 counts.unknown += field(1);
                 counts.outside += field(2);
                 counts.stale += field(3);
+                counts.untracked += field(4);
             }
         }
         Ok(counts)
@@ -313,6 +390,29 @@ impl Kernel {
             Err(_) => false,
         })
     }
+}
+
+/// The words of a volume's `struct share` in a mapping of all of them: put, taken, room, lost.
+pub(super) fn share_in(shares: &Words, slot: u32) -> &[AtomicU64] {
+    &shares.all()[slot as usize * SHARE_WORDS..(slot as usize + 1) * SHARE_WORDS]
+}
+
+/// The entries of a volume in the in-flight table. One that is being written belongs to a write that has not even begun.
+pub(super) fn flights_in(table: &[AtomicU64], slot: u32) -> Vec<Flight> {
+    let halves = |word: u64| (word as u32, (word >> 32) as u32);
+    let mut found = Vec::new();
+    for entry in table.chunks_exact(4) {
+        let bio = entry[0].load(Ordering::Acquire);
+        if bio <= 1 {
+            continue;
+        }
+        let (sectors, _left) = halves(entry[2].load(Ordering::Relaxed));
+        let (_device, its_slot) = halves(entry[3].load(Ordering::Relaxed));
+        if its_slot == slot {
+            found.push(Flight { sector: entry[1].load(Ordering::Relaxed), sectors: u64::from(sectors) });
+        }
+    }
+    found
 }
 
 /// Loads the object, pins it piece by piece, and says last that it is whole.
@@ -382,7 +482,7 @@ fn new_bits(words: u64) -> Res<MapHandle> {
 }
 
 /// Maps an array of 8-byte elements.
-fn map_words(map: &MapHandle, words: u64) -> Res<Words> {
+pub(super) fn map_words(map: &MapHandle, words: u64) -> Res<Words> {
     let bytes = words as usize * 8;
     // SAFETY: the descriptor is a BPF array of `words` elements of 8 bytes; such a map cannot shrink, and `Words` hands
     // out its content as atomics only, so that the programs' writes are no data races.
@@ -405,7 +505,7 @@ fn write_record(map: &MapHandle, at: u32, record: &Record) -> Res<()> {
 }
 
 /// The count of skipped runs in a program's `fdinfo`.
-fn misses_in(text: &str) -> Option<u64> {
+pub(super) fn misses_in(text: &str) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix("recursion_misses:"))?.trim().parse().ok()
 }
 

@@ -5,18 +5,24 @@
 //! Assumes the notes headed T in `kernel-notes.md`.
 #![allow(unsafe_code)]
 
+mod capture;
 mod grace;
 mod halves;
 mod kernel;
 mod notes;
+mod ring;
 mod scratch;
 mod sysfs;
 mod witness;
 
+pub use capture::{Capture, Missed, Plant};
+pub use ring::{Captured, What};
+
 use crate::host::DeviceIdentity;
-use crate::model::{BLOCK_BYTES, BlockSet, Code, Digest, Fault, GroupId, Position, Receipt, Res, Uuid, VolumeId};
+use crate::model::{BLOCK_BYTES, BlockRun, BlockSet, Code, Digest, Fault, GroupId, Position, Receipt, Res, Uuid, VolumeId};
+use crate::tracker::capture::Capturer;
 use crate::tracker::halves::{HALVES, HELD, Halves, REGIONS, words_for};
-use crate::tracker::kernel::{Kernel, MAX_VOLUMES, Target};
+use crate::tracker::kernel::{Flight, Kernel, MAX_VOLUMES, Target};
 use crate::tracker::notes::{GroupNote, Stage, VolumeNote};
 use crate::tracker::sysfs::Disk;
 use crate::tracker::witness::Reading;
@@ -72,6 +78,10 @@ pub struct Tracker {
     /// The slot of each group.
     groups: BTreeMap<GroupId, u32>,
     volumes: BTreeMap<VolumeId, Volume>,
+    /// The capture programs, once they were proven; why not, otherwise.
+    capturer: Result<Capturer, Fault>,
+    /// A fault planted by a test.
+    plant: Plant,
 }
 
 impl Tracker {
@@ -79,13 +89,17 @@ impl Tracker {
     /// Errors: `KERNEL_UNSUPPORTED` (no BTF, no BPF, no tracepoint; names which).
     pub fn open(pin_dir: &Path) -> Res<Tracker> {
         let kernel = Kernel::open(pin_dir)?;
-        let mut tracker = Tracker { kernel, groups: BTreeMap::new(), volumes: BTreeMap::new() };
+        let untried = Fault::new(Code::KernelUnsupported, "capture", "it was not asked for yet", "restart the agent");
+        let mut tracker =
+            Tracker { kernel, groups: BTreeMap::new(), volumes: BTreeMap::new(), capturer: Err(untried), plant: Plant::Nothing };
         // A previous life may have died between the store of a phase and its grace period.
         tracker.grace_period()?;
         for slot in 0..MAX_VOLUMES {
             let note = GroupNote::from_record(&tracker.kernel.group_record(slot)?);
             if note.used != 0 {
                 tracker.groups.insert(Uuid(note.id), slot);
+                // Whoever read its ring is dead.
+                tracker.end_capture(slot)?;
             }
         }
         for slot in 0..MAX_VOLUMES {
@@ -104,6 +118,64 @@ impl Tracker {
     /// write-zeroes) and must see every block. Error: `TRACKER_BLIND` with the first block missed.
     pub fn self_test(&mut self, scratch_dir: &Path) -> Res<()> {
         scratch::run(self, scratch_dir)
+    }
+
+    /// Loads the capture programs and proves them: where the kernel maps its memory is found out, then writes of every kind to a
+    /// scratch loop device in `scratch_dir` are captured and compared with what the device holds. An error is the reason why
+    /// this host cuts with a freeze instead; [`Tracker::capture_refusal`] goes on naming it.
+    pub fn prepare_capture(&mut self, scratch_dir: &Path) -> Res<()> {
+        let tried = scratch::calibrate(self, scratch_dir)
+            .and_then(|layout| Capturer::load(&self.kernel, layout, self.plant))
+            .and_then(|capturer| {
+                self.capturer = Ok(capturer);
+                match self.plant {
+                    Plant::Nothing => scratch::prove_capture(self, scratch_dir),
+                    _ => Ok(()),
+                }
+            });
+        if let Err(fault) = &tried {
+            self.capturer = Err(fault.clone());
+        }
+        tried
+    }
+
+    /// Why this host cannot capture; `None` when it can.
+    pub fn capture_refusal(&self) -> Option<&Fault> {
+        self.capturer.as_ref().err()
+    }
+
+    /// Plants a fault into the programs that the next [`Tracker::prepare_capture`] loads, and leaves out the proof, which would find
+    /// it. For tests.
+    #[doc(hidden)]
+    pub fn plant(&mut self, plant: Plant) {
+        self.plant = plant;
+    }
+
+    /// Begins to capture: a ring for the group, then a flip whose one store also turns capture on. Every write that completes after
+    /// this call returns has a record; every one that completed before the store has its bit in the taken half or is held.
+    /// `volumes`: all of the group; their place here is their index in what [`Capture`] says. `ring_bytes`: a power of two. Errors: `GROUP_UNKNOWN`, the reason of
+    /// [`Tracker::capture_refusal`], `KERNEL_UNSUPPORTED` without memory for the ring.
+    pub fn start_capture(&mut self, group: GroupId, volumes: &[VolumeId], ring_bytes: u32) -> Res<Capture> {
+        let slot = self.group_slot(group)?;
+        self.end_capture(slot)?;
+        let capturer = self.capturer.as_ref().map_err(Clone::clone)?;
+        let mut sides = Vec::new();
+        for id in volumes {
+            let volume = self.volume(*id)?;
+            sides.push((*id, volume.slot, Disk::find(volume.note.identity.major, volume.note.identity.minor)?));
+        }
+        let capture = capturer.begin(&self.kernel, slot, sides, ring_bytes)?;
+        self.kernel.set_phase(slot, self.kernel.phase(slot), false);
+        self.flip_with(group, 4, true)?;
+        Ok(capture)
+    }
+
+    /// Ends capture: the store, a grace period, and the programs know no ring any more. Fine when there was none.
+    pub fn stop_capture(&mut self, group: GroupId) -> Res<()> {
+        match self.groups.get(&group) {
+            Some(slot) => self.end_capture(*slot),
+            None => Ok(()),
+        }
     }
 
     /// Tracks a device as a volume of a group. All volumes of a group flip together.
@@ -198,6 +270,11 @@ impl Tracker {
     /// The first `steps` of the four steps of [`Tracker::flip`]; fewer than four is what a death leaves behind. For tests.
     #[doc(hidden)]
     pub fn flip_until(&mut self, group: GroupId, steps: u32) -> Res<()> {
+        let captures = self.kernel.captures(self.group_slot(group)?);
+        self.flip_with(group, steps, captures)
+    }
+
+    fn flip_with(&mut self, group: GroupId, steps: u32, captures: bool) -> Res<()> {
         let slot = self.group_slot(group)?;
         let phase = self.kernel.phase(slot);
         let active = u64::from(phase) % HALVES;
@@ -211,7 +288,7 @@ impl Tracker {
             members.iter().for_each(|volume| volume.halves.clear(taken));
         }
         if steps >= 3 {
-            self.kernel.set_phase(slot, phase.wrapping_add(1));
+            self.kernel.set_phase(slot, phase.wrapping_add(1), captures);
         }
         if steps >= 4 {
             self.grace_period()?;
@@ -352,6 +429,13 @@ impl Tracker {
 impl Tracker {
     fn grace_period(&self) -> Res<()> {
         grace::wait(&self.kernel)
+    }
+    fn end_capture(&self, group_slot: u32) -> Res<()> {
+        if self.kernel.captures(group_slot) {
+            self.kernel.set_phase(group_slot, self.kernel.phase(group_slot), false);
+            self.grace_period()?;
+        }
+        self.kernel.drop_ring(group_slot)
     }
     fn group_slot(&self, group: GroupId) -> Res<u32> {
         self.groups.get(&group).copied().ok_or_else(|| {
@@ -526,6 +610,7 @@ impl Tracker {
     /// are answered twice). Gives the readings of the volumes whose accounts did not begin in quiet.
     fn answer_lost_completions(&mut self, group: GroupId, active: u64) -> Res<Vec<(VolumeId, Reading)>> {
         let mut not_quiet = Vec::new();
+        let (group_misses, misses) = (self.group_note(self.group_slot(group)?)?.misses, self.kernel.misses()?);
         let ids: Vec<VolumeId> =
             self.volumes.iter().filter(|(_, v)| v.claimed && v.note.group == group).map(|(id, _)| *id).collect();
         for id in ids {
@@ -537,14 +622,20 @@ impl Tracker {
             }
             let now = self.reading(known.slot, &disk)?;
             let witness::Completions { lost, settled } = witness::completions(&known.note.reading(), known.note.answered, &now);
-            if lost > 0 {
+            // The in-flight table knows which they may have been, if every write since the accounts began was entered.
+            let entered = known.note.counts.untracked == now.counts.untracked && group_misses[0] == misses[0];
+            if lost > 0 && entered {
+                let flights = self.kernel.flights(known.slot);
+                tracing::info!(volume = %id, sectors = lost, writes = flights.len(), "completions were not seen: their blocks are taken once more");
+                known.halves.insert(active, &blocks_of(&flights, known.halves.blocks()));
+            } else if lost > 0 {
                 tracing::info!(volume = %id, sectors = lost, "completions were not seen: what has no receipt is taken once more");
                 known.halves.give_back(HELD, active);
                 known.halves.give_back((active + 1) % HALVES, active);
             }
             let known = self.volume_mut(id)?;
             let was = known.note.clone();
-            known.note.loose |= lost > 0 && !known.note.cut_settled;
+            known.note.loose |= lost > 0 && !entered && !known.note.cut_settled;
             known.note.answered += lost;
             known.note.flip_settled = settled;
             if settled {
@@ -629,6 +720,18 @@ impl VolumeNote {
     fn reading(&self) -> Reading {
         Reading { stat_sectors: self.stat_sectors, counts: self.counts, quiet: self.quiet }
     }
+}
+
+/// The blocks that these writes touch.
+fn blocks_of(flights: &[Flight], blocks: u64) -> BlockSet {
+    let mut set = BlockSet::empty(blocks);
+    for flight in flights {
+        let (first, end) = (flight.sector * 512 / BLOCK_BYTES, ((flight.sector + flight.sectors) * 512).div_ceil(BLOCK_BYTES));
+        if first < end.min(blocks) {
+            set.insert(BlockRun { start: first, count: end.min(blocks) - first });
+        }
+    }
+    set
 }
 
 /// How the programs name a disk: major << 20 | first minor.

@@ -5,8 +5,10 @@
 //! a write of zeroes. All four programs must have counted every one of them.
 
 use crate::host::DeviceIdentity;
-use crate::model::{BLOCK_BYTES, BlockSet, Code, Fault, Res, Uuid};
+use crate::model::{BLOCK_BYTES, BlockRun, BlockSet, ByteRun, Code, Fault, Res, Uuid};
+use crate::tracker::capture::{Calibration, Layout, Missed};
 use crate::tracker::halves::set_of_run;
+use crate::tracker::ring::What;
 use crate::tracker::witness::NAMES;
 use crate::tracker::{Continuity, Tracker};
 use memmap2::{Advice, MmapMut};
@@ -82,6 +84,8 @@ struct Expected {
     what: &'static str,
     blocks: BlockSet,
     sectors: u64,
+    /// Small enough for its data to be captured.
+    is_data: bool,
 }
 
 /// How often the test is run before completions that went by unseen count as blindness. A kernel may leave out tracing
@@ -152,6 +156,121 @@ fn test(tracker: &mut Tracker, scratch: &Scratch) -> Res<Option<String>> {
         return Err(blind(format!("a write to block {LATE_BLOCK} after the flip is not in the active half alone")));
     }
     Ok(short)
+}
+
+/// How often the calibration is tried: the kernel may move the page while it is looked at.
+const CALIBRATIONS: usize = 5;
+/// The ring of the proof: what is captured of the self-test fits several times.
+const RING_BYTES: u32 = 16 << 20;
+
+/// Finds out where the kernel maps its memory: the frame of a page of ours is known, and the program sees the page go by.
+pub(super) fn calibrate(tracker: &Tracker, dir: &Path) -> Res<Layout> {
+    let scratch = Scratch::attach(dir)?;
+    let device = scratch.identity()?;
+    let memory = |e: io::Error| Fault::io("the calibration's memory", &e);
+    for _ in 0..CALIBRATIONS {
+        let mut page = MmapMut::map_anon(page_bytes()).map_err(memory)?;
+        getrandom::fill(&mut page).map_err(|e| Fault::internal("the calibration's memory", e.to_string()))?;
+        page.lock().map_err(memory)?;
+        let frame = frame_of(&page)?;
+        let pattern = std::array::from_fn(|i| page[i]);
+        let calibration = Calibration::begin(&tracker.kernel, device.major << 20 | device.minor, frame, pattern)?;
+        scratch.direct.write_all_at(&page, 0).map_err(|e| Fault::io("the calibration's write", &e))?;
+        // A locked page may still be moved by compaction; then the answer is worth nothing.
+        if frame_of(&page)? != frame {
+            continue;
+        }
+        let layout = calibration.layout()?;
+        if cfg!(target_arch = "x86_64") && layout.vmemmap % (1 << 30) != 0 {
+            continue;
+        }
+        return Ok(layout);
+    }
+    Err(Fault::new(
+        Code::KernelUnsupported,
+        "capture",
+        "where this kernel maps its memory could not be found out",
+        "cuts are made with a freeze instead",
+    ))
+}
+
+fn page_bytes() -> usize {
+    // SAFETY: sysconf(3) takes no pointers.
+    unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
+}
+
+/// The number of the frame that a page of ours lies in.
+fn frame_of(page: &MmapMut) -> Res<u64> {
+    let path = "/proc/self/pagemap";
+    let mut entry = [0; 8];
+    let at = (page.as_ptr() as usize / page_bytes() * 8) as u64;
+    File::open(path).and_then(|map| map.read_exact_at(&mut entry, at)).map_err(|e| Fault::io(path, &e))?;
+    // Bits 0 to 54; zero for whoever may not see them.
+    match u64::from_ne_bytes(entry) & ((1 << 55) - 1) {
+        0 => Err(Fault::new(Code::KernelUnsupported, path, "it does not show frame numbers", "cuts are made with a freeze instead")),
+        frame => Ok(frame),
+    }
+}
+
+/// Captures the self-test's writes and compares what was captured with what the device holds. Nothing less proves it: a
+/// layout that is wrong by a page reads other pages without any error.
+pub(super) fn prove_capture(tracker: &mut Tracker, dir: &Path) -> Res<()> {
+    let mut short = None;
+    for _ in 0..TRIES {
+        let scratch = Scratch::attach(dir)?;
+        let outcome = tracker
+            .track(SCRATCH, SCRATCH, &scratch.identity()?)
+            .and_then(|_| prove_once(tracker, &scratch));
+        tracker.stop_capture(SCRATCH)?;
+        tracker.untrack(SCRATCH)?;
+        match outcome? {
+            None => return Ok(()),
+            some => short = some,
+        }
+    }
+    Err(wrong_capture(short.unwrap_or_default()))
+}
+
+fn wrong_capture(cause: String) -> Fault {
+    Fault::new(Code::KernelUnsupported, "capture", cause, "cuts are made with a freeze instead; report the kernel version")
+}
+
+/// One run. Some = something was not captured that a kernel may leave out now and then.
+fn prove_once(tracker: &mut Tracker, scratch: &Scratch) -> Res<Option<String>> {
+    let mut capture = tracker.start_capture(SCRATCH, &[SCRATCH], RING_BYTES)?;
+    let expected = scratch.write_all()?;
+    let mut records = Vec::new();
+    let to = capture.produced();
+    capture.walk(to, &mut |_, record| records.push(record))?;
+    if capture.missed()?.iter().any(|(_, missed)| *missed == Missed::Anywhere) {
+        return Ok(Some("records of known writes found no room in the ring".into()));
+    }
+    let blocks = SCRATCH_BYTES / BLOCK_BYTES;
+    let (mut seen, mut copied) = (BlockSet::empty(blocks), BlockSet::empty(blocks));
+    let mut held = vec![0; 1 << 20];
+    for record in &records {
+        let run = ByteRun { offset: record.offset_bytes, len: record.len_bytes };
+        let (first, end) = (run.offset / BLOCK_BYTES, run.end().div_ceil(BLOCK_BYTES));
+        seen.insert(BlockRun { start: first, count: end - first });
+        let What::Data(position) = record.what else { continue };
+        copied.insert(BlockRun { start: first, count: end - first });
+        let held = &mut held[..record.len_bytes as usize];
+        let read = OpenOptions::new().read(true).open(format!("/dev/{}", scratch.name)).and_then(|f| f.read_exact_at(held, run.offset));
+        read.map_err(|e| Fault::io("reading the self-test's device", &e))?;
+        if capture.bytes(position, held.len()) != &*held {
+            return Err(wrong_capture(format!("what was captured of {} bytes at {} is not what was written", run.len, run.offset)));
+        }
+    }
+    for write in &expected {
+        for (set, wanted) in [(&seen, true), (&copied, write.is_data)] {
+            let mut missed = write.blocks.clone();
+            missed.subtract(set);
+            if wanted && let Some(run) = missed.runs(1 << 40).next() {
+                return Ok(Some(format!("{}: block {} was written and not captured", write.what, run.start)));
+            }
+        }
+    }
+    Ok(None)
 }
 
 /// Written after the flip; nothing else touches it.
@@ -244,10 +363,11 @@ impl Scratch {
         let fail = |what: &'static str| move |e: io::Error| Fault::io(format!("the self-test's {what}"), &e);
         let memory = huge_memory().map_err(fail("memory"))?;
         let mut done = Vec::new();
-        let mut expect = |what, offset: u64, bytes: u64| {
+        let mut expect = |what: &'static str, offset: u64, bytes: u64| {
             let (first, end) = (offset / BLOCK_BYTES, (offset + bytes).div_ceil(BLOCK_BYTES));
             let blocks = set_of_run(first, end - first, SCRATCH_BYTES / BLOCK_BYTES);
-            done.push(Expected { what, blocks, sectors: bytes / 512 });
+            let is_data = bytes < LARGE_BYTES as u64 && !what.starts_with("a discard") && what != "a write of zeroes";
+            done.push(Expected { what, blocks, sectors: bytes / 512, is_data });
         };
 
         let small = [
@@ -256,19 +376,22 @@ impl Scratch {
             ("a write of one sector", 100 * 4096 + 7 * 512, 512),
             ("a write across three blocks", 200 * 4096 + 512, 8192),
             ("a write across two words", 63 * 4096, 8192),
+            ("a write of 256 KiB", 2000 * 4096, 256 << 10),
         ];
-        for (what, offset, bytes) in small {
-            self.direct.write_all_at(&memory[..bytes], offset).map_err(fail(what))?;
+        for (number, (what, offset, bytes)) in small.into_iter().enumerate() {
+            // From a page of its own each, and not from its beginning: capture must find the right bytes of the right page.
+            let from = (number + 1) * (3 << 20) + number * 4096 + (number % 2) * 512;
+            self.direct.write_all_at(&memory[from..from + bytes], offset).map_err(fail(what))?;
             expect(what, offset, bytes as u64);
         }
 
         let partition = self.partition()?;
-        partition.write_all_at(&memory[..4096], 24 * 512).map_err(fail("a write through a partition"))?;
+        partition.write_all_at(&memory[77 * 4096..78 * 4096], 24 * 512).map_err(fail("a write through a partition"))?;
         expect("a write through a partition", PARTITION_AT + 24 * 512, 4096);
         drop(partition);
 
         let buffered = OpenOptions::new().write(true).open(format!("/dev/{}", self.name)).map_err(fail("buffered write"))?;
-        buffered.write_all_at(&memory[..12288], 1000 * 4096).map_err(fail("buffered write"))?;
+        buffered.write_all_at(&memory[99 * 4096..102 * 4096], 1000 * 4096).map_err(fail("buffered write"))?;
         buffered.sync_all().map_err(fail("buffered write"))?;
         expect("a buffered write", 1000 * 4096, 12288);
 
@@ -338,7 +461,10 @@ fn huge_memory() -> io::Result<Aligned> {
     }
     let skip = map.as_ptr().align_offset(HUGE_PAGE).min(HUGE_PAGE);
     let mut memory = Aligned { map, skip };
-    memory.map[skip..skip + LARGE_BYTES].fill(0xd5);
+    // Every eight bytes differ from all others.
+    for (number, word) in memory.map[skip..skip + LARGE_BYTES].chunks_exact_mut(8).enumerate() {
+        word.copy_from_slice(&(number as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_ne_bytes());
+    }
     Ok(memory)
 }
 

@@ -32,6 +32,8 @@ pub(super) struct Counts {
     pub outside: u64,
     /// Operations on another disk under the volume's number.
     pub stale: u64,
+    /// Writes that found no place in the in-flight table.
+    pub untracked: u64,
 }
 
 impl Counts {
