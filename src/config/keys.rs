@@ -1,6 +1,6 @@
 //! The keys of the file, one line each: name, how it is read, its limits, its default.
 
-use crate::config::Settings;
+use crate::config::{Mode, Settings};
 use crate::config::units::{parse_duration, parse_size};
 use crate::model::{Code, EngineKind, Fault, Res, check_name};
 use std::net::SocketAddr;
@@ -11,7 +11,7 @@ use toml::Spanned;
 use toml::de::{DeString, DeTable, DeValue};
 
 /// Every key, in the order in which errors and the manual list them.
-const KNOWN: [&str; 16] = [
+const KNOWN: [&str; 19] = [
     "host",
     "state_dir",
     "volume_dir",
@@ -19,7 +19,10 @@ const KNOWN: [&str; 16] = [
     "pin_dir",
     "listen",
     "docker_socket",
+    "mode",
     "interval",
+    "checkpoint_interval",
+    "capture_ring",
     "freeze_deadline",
     "cut_max",
     "journal",
@@ -49,6 +52,7 @@ pub fn parse(text: &str, name: &str) -> Res<Settings> {
 
     let path = |key, default: &str| Ok(file.path(key)?.unwrap_or_else(|| PathBuf::from(default)));
     let state_dir: PathBuf = path("state_dir", "/var/lib/doublure")?;
+    let mode = file.mode()?.unwrap_or(Mode::Continuous);
     Ok(Settings {
         host: file.host()?,
         volume_dir: file.path("volume_dir")?.unwrap_or_else(|| state_dir.join("volumes")),
@@ -56,7 +60,15 @@ pub fn parse(text: &str, name: &str) -> Res<Settings> {
         pin_dir: path("pin_dir", "/sys/fs/bpf/doublure")?,
         listen: file.listen()?,
         docker_socket: path("docker_socket", "/run/docker.sock")?,
-        interval: file.duration("interval", Duration::from_millis(100)..=HOUR)?.unwrap_or(Duration::from_secs(1)),
+        mode,
+        interval: file.duration("interval", Duration::from_millis(50)..=HOUR)?.unwrap_or(match mode {
+            Mode::Continuous => Duration::from_millis(100),
+            Mode::Interval | Mode::Freeze => Duration::from_secs(1),
+        }),
+        checkpoint_interval: file
+            .duration("checkpoint_interval", Duration::from_secs(1)..=HOUR)?
+            .unwrap_or(Duration::from_secs(60)),
+        capture_ring_bytes: file.size("capture_ring", MIB..=1024 * MIB)?.unwrap_or(64 * MIB).next_power_of_two(),
         freeze_deadline: file
             .duration("freeze_deadline", Duration::from_millis(100)..=Duration::from_secs(10))?
             .unwrap_or(Duration::from_secs(2)),
@@ -168,6 +180,16 @@ impl<'t> File<'t> {
                 "is not a numeric address with a port",
                 "write it as listen = \"10.0.0.1:7420\" or \"[fd00::1]:7420\"",
             )),
+        }
+    }
+
+    fn mode(&self) -> Res<Option<Mode>> {
+        let Some((found, text)) = self.text("mode", "continuous")? else { return Ok(None) };
+        match text {
+            "continuous" => Ok(Some(Mode::Continuous)),
+            "interval" => Ok(Some(Mode::Interval)),
+            "freeze" => Ok(Some(Mode::Freeze)),
+            _ => Err(self.wrong(&found, "is none of continuous, interval and freeze", "choose one of the three")),
         }
     }
 

@@ -16,6 +16,17 @@ use crate::model::EngineKind;
 use std::path::PathBuf;
 use std::time::Duration;
 
+/// How a primary makes generations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// From captured writes, as they come.
+    Continuous,
+    /// One cut every `interval`; capture runs during a cut only.
+    Interval,
+    /// One cut every `interval`, with the file systems frozen: the fallback of hosts that cannot capture, by choice.
+    Freeze,
+}
+
 /// The settings of one host.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Settings {
@@ -33,8 +44,15 @@ pub struct Settings {
     pub listen: Option<String>,
     /// `docker_socket`, default /run/docker.sock.
     pub docker_socket: PathBuf,
-    /// `interval`, default 1 s, 100 ms to 1 h: between the beginnings of two cuts.
+    /// `mode`, default continuous: whether captured writes are shipped as they come, or a cut is made every `interval`.
+    pub mode: Mode,
+    /// `interval`, default 100 ms in continuous mode and 1 s in interval mode, 50 ms to 1 h: between the beginnings of two cuts.
     pub interval: Duration,
+    /// `checkpoint_interval`, default 60 s, 1 s to 1 h: how often, in continuous mode, what was shipped is compared with the volumes.
+    pub checkpoint_interval: Duration,
+    /// `capture_ring`, default "64 MiB", 1 MiB to 1 GiB, rounded up to a power of two: kernel memory for captured writes, for each
+    /// group that is being written.
+    pub capture_ring_bytes: u64,
     /// `freeze_deadline`, default 2 s, 100 ms to 10 s.
     pub freeze_deadline: Duration,
     /// `cut_max`, default "32 MiB", 1 to 256 MiB: the set is made at most this large by rounds before a freeze.

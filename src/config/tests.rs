@@ -29,7 +29,10 @@ fn a_host_alone_gets_every_default() {
         pin_dir: "/sys/fs/bpf/doublure".into(),
         listen: None,
         docker_socket: "/run/docker.sock".into(),
-        interval: Duration::from_secs(1),
+        mode: Mode::Continuous,
+        interval: Duration::from_millis(100),
+        checkpoint_interval: Duration::from_secs(60),
+        capture_ring_bytes: 64 << 20,
         freeze_deadline: Duration::from_secs(2),
         cut_max_bytes: 32 << 20,
         journal_bytes: 1 << 30,
@@ -53,7 +56,10 @@ fn every_key_reaches_its_setting() {
         pin_dir = "/sys/fs/bpf/d"
         listen = "[::1]:7420"
         docker_socket = "/var/run/d.sock"
+        mode = "interval"
         interval = "250ms"
+        checkpoint_interval = "5s"
+        capture_ring = "9 MiB"
         freeze_deadline = "3s"
         cut_max = "8 MiB"
         journal = "2G"
@@ -72,7 +78,10 @@ fn every_key_reaches_its_setting() {
         pin_dir: "/sys/fs/bpf/d".into(),
         listen: Some("[::1]:7420".into()),
         docker_socket: "/var/run/d.sock".into(),
+        mode: Mode::Interval,
         interval: Duration::from_millis(250),
+        checkpoint_interval: Duration::from_secs(5),
+        capture_ring_bytes: 16 << 20,
         freeze_deadline: Duration::from_secs(3),
         cut_max_bytes: 8 << 20,
         journal_bytes: 2 << 30,
@@ -86,6 +95,13 @@ fn every_key_reaches_its_setting() {
 }
 
 #[test]
+fn the_interval_depends_on_the_mode() {
+    for (mode, ms) in [("continuous", 100), ("interval", 1000), ("freeze", 1000)] {
+        assert_eq!(read(&format!("host = \"a\"\nmode = \"{mode}\"")).interval, Duration::from_millis(ms));
+    }
+}
+
+#[test]
 fn volumes_live_below_the_state_directory_unless_told_otherwise() {
     assert_eq!(read("host = \"a\"\nstate_dir = \"/d\"").volume_dir, std::path::Path::new("/d/volumes"));
 }
@@ -95,7 +111,7 @@ fn an_unknown_key_is_named_with_its_line_and_the_known_ones() {
     assert_eq!(
         sentence("intervall = \"1s\""),
         "doublure.toml line 3: unknown key `intervall`; known keys are host, state_dir, volume_dir, run_dir, pin_dir, listen, \
-         docker_socket, interval, freeze_deadline, cut_max, journal, bandwidth, io_engine, queue_depth, credit, health_timeout; \
+         docker_socket, mode, interval, checkpoint_interval, capture_ring, freeze_deadline, cut_max, journal, bandwidth, io_engine, queue_depth, credit, health_timeout; \
          remove or correct it [CONFIG_INVALID]"
     );
     assert!(sentence("[agent]\ninterval = \"1s\"").starts_with("doublure.toml line 3: unknown key `agent`"));
@@ -106,7 +122,8 @@ fn an_unknown_key_is_named_with_its_line_and_the_known_ones() {
 #[test]
 fn a_wrong_value_is_named_with_its_line_its_key_and_the_cure() {
     for (line, words) in [
-        ("interval = \"99ms\"", "line 3: `interval` is 99ms, out of range; choose from 100ms to 3600s"),
+        ("interval = \"49ms\"", "line 3: `interval` is 49ms, out of range; choose from 50ms to 3600s"),
+        ("mode = \"sync\"", "`mode` is none of continuous, interval and freeze; choose one of the three"),
         ("interval = \"2h\"", "`interval` is 7200s, out of range"),
         ("interval = \"10\"", "`interval` cannot be used: it has no unit"),
         ("interval = 10", "`interval` is a TOML integer where text is wanted; write it as interval = \"1s\""),

@@ -73,7 +73,7 @@ impl Channel {
             out: Mutex::new(Outbox { bytes: Vec::new(), closing: false, end: None }),
             out_room: Condvar::new(),
             out_ready: Notify::new(),
-            inbox: Mutex::new(Inbox { messages: VecDeque::new(), held: 0, closing: false, end: None }),
+            inbox: Mutex::new(Inbox { messages: VecDeque::new(), held: 0, rung: false, closing: false, end: None }),
             in_ready: Condvar::new(),
             in_room: Notify::new(),
             closing: Notify::new(),
@@ -113,7 +113,7 @@ impl Channel {
         Ok(())
     }
 
-    /// The next message; `None` when `patience` has passed.
+    /// The next message; `None` when `patience` has passed or the bell was rung.
     ///
     /// Once the connection is gone, what had arrived is still given, then the reason as an error: `PEER_UNREACHABLE`,
     /// `PROTOCOL_ERROR` or `VERSION_MISMATCH` when it was what the peer sent.
@@ -130,12 +130,20 @@ impl Channel {
             if let Some(fault) = &inbox.end {
                 return Err(fault.clone());
             }
+            if std::mem::take(&mut inbox.rung) {
+                return Ok(None);
+            }
             let left = until.map_or(Duration::MAX, |until| until.saturating_duration_since(Instant::now()));
             if left.is_zero() {
                 return Ok(None);
             }
             inbox = self.shared.in_ready.wait_timeout(inbox, left).unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// A bell that ends a wait in [`Channel::recv`] from another thread.
+    pub fn bell(&self) -> Bell {
+        Bell { shared: Arc::downgrade(&self.shared) }
     }
 
     /// Bytes of frames (header and payload, before TLS) sent and received so far.
@@ -151,6 +159,22 @@ impl Drop for Channel {
         self.shared.out_ready.notify_one();
         self.shared.in_room.notify_one();
         self.shared.closing.notify_one();
+    }
+}
+
+/// Wakes whoever waits in [`Channel::recv`]; rung while nobody waits, the next wait ends at once. Outlives the channel harmlessly.
+#[derive(Clone)]
+pub struct Bell {
+    shared: std::sync::Weak<Shared>,
+}
+
+impl Bell {
+    /// Rings.
+    pub fn ring(&self) {
+        if let Some(shared) = self.shared.upgrade() {
+            lock(&shared.inbox).rung = true;
+            shared.in_ready.notify_all();
+        }
     }
 }
 
@@ -181,6 +205,8 @@ struct Inbox {
     /// Messages and what each counts against the bound.
     messages: VecDeque<(Message, usize)>,
     held: usize,
+    /// The bell was rung and nobody heard it yet.
+    rung: bool,
     closing: bool,
     /// Why nothing more will arrive.
     end: Option<Fault>,

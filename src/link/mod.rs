@@ -17,7 +17,7 @@ mod peers;
 mod socket;
 mod tls;
 
-pub use channel::Channel;
+pub use channel::{Bell, Channel};
 pub use hub::Link;
 pub use key::HostKey;
 pub use peers::Peer;
