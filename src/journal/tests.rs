@@ -5,7 +5,7 @@ use crate::delta::encode;
 use crate::durable::FileStorage;
 use crate::durable::double::{Dice, World};
 use crate::journal::double::WorldOverflow;
-use crate::model::{BlockRun, FileSystem};
+use crate::model::{BLOCK_BYTES, BlockRun, FileSystem};
 use proptest::prelude::*;
 
 const GROUP: GroupId = Uuid([4; 16]);
