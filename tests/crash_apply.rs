@@ -384,35 +384,33 @@ impl Engine for Counting {
     }
 }
 
-/// Ten thousand sectors, each in a block of its own, on two volumes that take turns: their blocks are read hundreds at a time.
+/// Ten thousand sectors, each in a block of its own, on two volumes that take turns: their blocks are read many at a time, and
+/// not all at once, or a payload of headers alone could ask for any amount of memory.
 #[test]
 fn many_sectors_cost_few_rounds_of_reading() {
-    let size_bytes = 10_000 * BLOCK_BYTES;
+    let size_bytes = 5000 * BLOCK_BYTES;
     let mut spec = spec();
     spec.volumes.iter_mut().for_each(|volume| volume.size_bytes = size_bytes);
     for align in ALIGNS {
         let disks = [0, 1].map(|_| RamDisk::aligned(size_bytes, align));
         let replicas = disks.each_ref().map(|disk| disk.open(true));
-        let (mut records, mut plain) = (Vec::new(), vec![0; size_bytes as usize]);
-        for block in 0..10_000u64 {
-            let (sector, byte) = (block * 8 + block % 8, 1 + (block % 255) as u8);
-            encode_sectors((block % 2) as u16, sector, &[byte; 512], true, &mut records);
-            plain[sector as usize * 512..][..512].fill(byte);
+        let (mut records, mut plain) = (Vec::new(), [0, 1].map(|_| vec![0; size_bytes as usize]));
+        for n in 0..10_000u64 {
+            let (volume, sector, byte) = (n % 2, n / 2 * 8 + n % 7, 1 + (n % 255) as u8);
+            encode_sectors(volume as u16, sector, &[byte; 512], true, &mut records);
+            plain[volume as usize][sector as usize * 512..][..512].fill(byte);
         }
         let mut counting = Counting(engine(EngineKind::Pread, 16).unwrap(), 0, 0);
         assert_eq!(apply_direct(&records, &spec, &replicas, &mut counting).unwrap(), 10_000 * 512);
         let Counting(_, reads, asked) = counting;
         match align {
             512 => assert_eq!((reads, asked), (0, 0), "sectors are written as they are"),
-            _ => assert!(reads <= 12 && asked == 10_000, "{reads} rounds, {asked} blocks"),
+            _ => assert!((10..=12).contains(&reads) && (157..200).contains(&asked), "{reads} rounds, {asked} runs"),
         }
-        let [even, odd] = disks.each_ref().map(|disk| disk.bytes());
-        let both: Vec<u8> = even.iter().zip(&odd).map(|(a, b)| a | b).collect();
-        assert!(both == plain && even != odd);
+        assert!(disks.each_ref().map(|disk| disk.bytes()) == plain);
     }
 }
 
-/// Neighbouring edges go out as one write, of what a buffer holds; one record's interior is not read.
 #[test]
 fn what_is_read_is_only_what_is_changed_in_part() {
     let disks = SIZES.map(|size| RamDisk::aligned(size, 4096));
