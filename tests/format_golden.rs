@@ -7,7 +7,9 @@
 //! `cargo test --test format_golden make_golden -- --ignored`, which never touches a file that is there.
 
 use doublure::delta;
-use doublure::format::{FRAME_HEADER_BYTES, FrameHead, Landing, Message, PROTOCOL, Purpose, Standing, generation_digest};
+use doublure::format::{
+    FRAME_HEADER_BYTES, FrameHead, Landing, Message, PROTOCOL, PROTOCOL_SECTORS, Purpose, Standing, generation_digest,
+};
 use doublure::model::{BlockRun, ByteRun, Code, Digest, Fault, FileSystem, ImagePin, Moment, Position, Role, Uuid, VolumeSpec};
 use std::path::PathBuf;
 
@@ -56,6 +58,14 @@ fn messages() -> Vec<(&'static str, Message)> {
         group: Uuid(count(16)),
         epoch: 3,
     };
+    // From the first release on that knows sector records; those before it refuse this version in words.
+    let hello_sectors = Message::Hello {
+        protocol: PROTOCOL_SECTORS,
+        host: "paris-1.example".into(),
+        purpose: Purpose::Replicate,
+        group: Uuid(count(16)),
+        epoch: 3,
+    };
     let begin = |landing| Message::Begin {
         position: at(4, 12),
         parent: at(3, 11),
@@ -68,6 +78,7 @@ fn messages() -> Vec<(&'static str, Message)> {
         ("hello_replicate", hello(Purpose::Replicate)),
         ("hello_images", hello(Purpose::Images)),
         ("hello_ask", hello(Purpose::Ask)),
+        ("hello_sectors", hello_sectors),
         ("welcome_empty", standing_of(Role::Standby)),
         ("welcome_promoting", standing_of(Role::Promoting)),
         ("welcome_fenced", standing_of(Role::Fenced)),
