@@ -1,21 +1,23 @@
 //! Apply against a plain array of bytes, on disks in memory and on files, and with the power cut at every operation.
 
 use doublure::apply::{Applied, apply, apply_direct, flush_replicas};
-use doublure::delta::encode;
+use doublure::delta::{encode, encode_sectors};
 use doublure::device::double::RamDisk;
-use doublure::device::{DeviceFile, engine};
+use doublure::device::{DeviceFile, Engine, RUN_BYTES_MAX, engine};
 use doublure::durable::double::{Dice, Trouble, World};
 use doublure::format::generation_digest;
 use doublure::journal::double::WorldOverflow;
 use doublure::journal::{Journal, Sealed};
 use doublure::ledger::{Ledger, Record, STORAGE_BYTES};
-use doublure::model::{BLOCK_BYTES, BlockRun, Code, Digest, EngineKind, FileSystem, GroupSpec, Moment, Position};
+use doublure::model::{BLOCK_BYTES, BlockRun, ByteRun, Code, Digest, EngineKind, FileSystem, GroupSpec, Moment, Position};
 use doublure::model::{Res, Role, SealedProof, Uuid, VolumeSpec};
 use proptest::prelude::*;
 use std::sync::Arc;
 
-/// A volume of 80 blocks, and one whose last block is short.
-const SIZES: [u64; 2] = [80 * BLOCK_BYTES, 40 * BLOCK_BYTES + 512];
+/// A volume of 80 blocks, and one whose last block has three sectors.
+const SIZES: [u64; 2] = [80 * BLOCK_BYTES, 40 * BLOCK_BYTES + 1536];
+/// What replicas take: sectors, and nothing less than a block.
+const ALIGNS: [u64; 2] = [512, 4096];
 
 fn spec() -> GroupSpec {
     let volume = |n: u8| VolumeSpec {
@@ -28,27 +30,46 @@ fn spec() -> GroupSpec {
     GroupSpec { id: Uuid([3; 16]), name: "shop".into(), volumes: vec![volume(0), volume(1)], containers: vec![] }
 }
 
-/// (volume, start, count, what): what 0 = zeroes, odd = one byte throughout, even = noise.
-type Change = (usize, u64, u64, u64);
+/// A change of `count` units (of 512 or 4096 bytes) from unit number `start` on.
+#[derive(Clone, Copy, Debug)]
+struct Change {
+    volume: usize,
+    unit: u64,
+    start: u64,
+    count: u64,
+    /// 0 = zeroes, odd = one byte throughout, even = noise.
+    what: u64,
+}
+
+fn blocks(volume: usize, start: u64, count: u64, what: u64) -> Change {
+    Change { volume, unit: BLOCK_BYTES, start, count, what }
+}
+
+fn sectors(volume: usize, start: u64, count: u64, what: u64) -> Change {
+    Change { volume, unit: 512, start, count, what }
+}
 
 /// Encodes changes, and makes them on plain arrays.
 fn payload(changes: &[Change], plain: &mut [Vec<u8>; 2]) -> Vec<u8> {
     let mut out = Vec::new();
-    for (volume, start, count, what) in changes {
-        let blocks = SIZES[*volume].div_ceil(BLOCK_BYTES);
-        let start = start % blocks;
-        let run = BlockRun { start, count: (*count).clamp(1, 64).min(blocks - start) };
-        let bytes = run.bytes(SIZES[*volume]);
+    for Change { volume, unit, start, count, what } in changes {
+        let size_bytes = SIZES[*volume];
+        let start = start % size_bytes.div_ceil(*unit);
+        let offset = start * unit;
+        let len = ((*count).max(1) * unit).min(RUN_BYTES_MAX).min(size_bytes - offset);
         let mut dice = Dice::new(*what);
-        let data: Vec<u8> = (0..bytes.len)
+        let data: Vec<u8> = (0..len)
             .map(|_| match what {
                 0 => 0,
                 odd if odd % 2 == 1 => *odd as u8,
                 _ => dice.roll() as u8,
             })
             .collect();
-        encode(*volume as u16, run, &data, &mut out);
-        plain[*volume][bytes.offset as usize..bytes.end() as usize].copy_from_slice(&data);
+        match unit {
+            512 => encode_sectors(*volume as u16, start, &data, what % 3 != 0, &mut out),
+            _ => encode(*volume as u16, BlockRun { start, count: len.div_ceil(BLOCK_BYTES) }, &data, &mut out),
+        }
+        plain[*volume][offset as usize..(offset + len) as usize].copy_from_slice(&data);
     }
     out
 }
@@ -96,8 +117,8 @@ impl Standby {
         assert!(recovered.corrupt.is_none() && recovered.dropped.is_empty(), "{recovered:?}");
         (Standby { world, journal, ledger, disks }, recovered.sealed)
     }
-    fn new() -> Standby {
-        Standby::start(World::new(), SIZES.map(RamDisk::new)).0
+    fn new(align: u64) -> Standby {
+        Standby::start(World::new(), SIZES.map(|size| RamDisk::aligned(size, align))).0
     }
     fn replicas(&self) -> [DeviceFile; 2] {
         self.disks.each_ref().map(|disk| disk.open(true))
@@ -122,28 +143,61 @@ impl Standby {
     }
 }
 
+/// Blocks and sectors; some of the sectors close together, so that many share a block, with each other and with blocks.
 fn changes(max: usize) -> impl Strategy<Value = Vec<Change>> {
-    prop::collection::vec((0usize..2, 0u64..80, 1u64..=64, 0u64..12), 0..max)
+    let change = prop_oneof![
+        2 => (0u64..80, 1u64..=64).prop_map(|(start, count)| (BLOCK_BYTES, start, count)),
+        1 => (0u64..4, 1u64..=2).prop_map(|(start, count)| (BLOCK_BYTES, start, count)),
+        2 => (0u64..640, 1u64..=512).prop_map(|(start, count)| (512, start, count)),
+        3 => (0u64..32, 1u64..=9).prop_map(|(start, count)| (512, start, count)),
+        1 => (318u64..=322, 1u64..=9).prop_map(|(start, count)| (512, start, count)),
+    ];
+    let one = (0usize..2, change, 0u64..12);
+    prop::collection::vec(
+        one.prop_map(|(volume, (unit, start, count), what)| Change { volume, unit, start, count, what }),
+        0..max,
+    )
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(60))]
+    #![proptest_config(ProptestConfig::with_cases(150))]
     #[test]
-    fn replicas_are_what_a_plain_array_would_be(generations in prop::collection::vec(changes(8), 1..4)) {
-        let mut standby = Standby::new();
+    fn replicas_are_what_a_plain_array_would_be(generations in prop::collection::vec(changes(16), 1..4), align in prop::sample::select(&ALIGNS)) {
+        let mut standby = Standby::new(align);
         let mut plain = blank();
         for changes in &generations {
             let payload = payload(changes, &mut plain);
             let sealed = standby.seal(&payload);
             let applied = standby.apply(&sealed).unwrap();
             prop_assert_eq!((applied.position(), applied.digest()), (sealed.position(), sealed.digest()));
-            prop_assert_eq!(standby.bytes(), plain.clone());
+            prop_assert!(standby.bytes() == plain);
             let record = standby.ledger.record().unwrap();
             prop_assert_eq!((record.applied, record.committed, record.applied_cut_at), (sealed.position(), sealed.position(), sealed.cut_at()));
             // Again is already so.
             standby.apply(&sealed).unwrap();
             standby.journal.release(applied.position()).unwrap();
         }
+    }
+
+    /// Whatever a first attempt left (any of its writes, whole or torn at a sector, or none), the second gives the same bytes.
+    #[test]
+    fn a_second_attempt_on_any_remains_of_the_first_gives_the_same(
+        before in changes(6), during in changes(16), align in prop::sample::select(&ALIGNS), nth in 1u64..20, disk in 0usize..2, seed: u64,
+    ) {
+        let mut standby = Standby::new(align);
+        let mut plain = blank();
+        let sealed = standby.seal(&payload(&before, &mut plain));
+        standby.apply(&sealed).unwrap();
+        let sealed = standby.seal(&payload(&during, &mut plain));
+        standby.disks[disk].fail_nth(nth, 5);
+        let mut dice = Dice::new(seed);
+        if standby.apply(&sealed).is_err() {
+            standby.disks.iter().for_each(|disk| disk.cut_power(&mut |_| dice.roll() & 1 == 1));
+        }
+        // A countdown that did not come to its end is over.
+        standby.disks[disk].fail_nth(u64::MAX, 5);
+        standby.apply(&sealed).unwrap();
+        prop_assert!(standby.bytes() == plain);
     }
 }
 
@@ -152,9 +206,15 @@ proptest! {
 fn files_are_written_by_both_engines() {
     let dir = tempfile::tempdir().unwrap();
     for kind in [EngineKind::Auto, EngineKind::Pread] {
-        let mut standby = Standby::new();
+        let mut standby = Standby::new(512);
         let mut plain = blank();
-        let list: Vec<Change> = (0..150).map(|n| (n % 2, (n as u64 * 37) % 80, 1 + n as u64 % 64, n as u64 * 5 % 12)).collect();
+        let list: Vec<Change> = (0..300u64)
+            .map(|n| match n % 4 {
+                0 | 1 => blocks(n as usize % 2, (n * 37) % 80, 1 + n % 64, n * 5 % 12),
+                2 => sectors(n as usize / 4 % 2, (n * 61) % 640, 1 + n * 7 % 512, n * 5 % 12),
+                _ => sectors(n as usize / 4 % 2, (n * 11) % 640, 1 + n % 9, n * 5 % 12),
+            })
+            .collect();
         let payload = payload(&list, &mut plain);
         assert!(payload.len() > 2 << 20);
         let sealed = standby.seal(&payload);
@@ -184,10 +244,10 @@ fn files_are_written_by_both_engines() {
 
 #[test]
 fn what_does_not_follow_or_fit_is_refused_before_a_byte_is_written() {
-    let mut standby = Standby::new();
+    let mut standby = Standby::new(512);
     let mut plain = blank();
-    let first = standby.seal(&payload(&[(0, 0, 1, 1)], &mut plain));
-    let second = standby.seal(&payload(&[(0, 1, 1, 3)], &mut plain));
+    let first = standby.seal(&payload(&[blocks(0, 0, 1, 1)], &mut plain));
+    let second = standby.seal(&payload(&[blocks(0, 1, 1, 3), sectors(0, 3, 1, 5)], &mut plain));
     assert_eq!(standby.apply(&second).unwrap_err().code, Code::ChainBroken);
     let mut engine = engine(EngineKind::Pread, 4).unwrap();
     for (size, code) in [(SIZES[1] - 512, Code::DeviceTooSmall), (SIZES[1] + 512, Code::IdentityChanged)] {
@@ -212,10 +272,11 @@ fn what_does_not_follow_or_fit_is_refused_before_a_byte_is_written() {
 
 #[test]
 fn hostile_direct_records_are_refused() {
-    let standby = Standby::new();
+    let standby = Standby::new(4096);
     let mut engine = engine(EngineKind::Pread, 4).unwrap();
-    let good = payload(&[(0, 0, 20, 0), (0, 30, 2, 4)], &mut blank());
-    for cut in [1, 31, 33, 60, good.len() - 1] {
+    let list = [blocks(0, 0, 20, 0), blocks(0, 30, 2, 4), sectors(0, 3, 1, 6), sectors(0, 7, 200, 0), sectors(1, 321, 2, 2)];
+    let good = payload(&list, &mut blank());
+    for cut in [1, 31, 33, 60, good.len() - 1, good.len() - 1024, good.len() - 1060] {
         assert!(apply_direct(&good[..cut], &spec(), &standby.replicas(), &mut *engine).is_err(), "cut at {cut}");
     }
     for byte in 0..good.len() {
@@ -229,13 +290,35 @@ fn hostile_direct_records_are_refused() {
 /// what the ledger called applied was there without it.
 #[test]
 fn a_power_cut_anywhere_is_made_good_by_applying_again() {
-    let first: &[Change] = &[(0, 0, 20, 2), (1, 3, 5, 0), (0, 10, 40, 0), (0, 12, 2, 5), (1, 38, 3, 4)];
-    let second: &[Change] = &[(1, 0, 2, 7), (0, 11, 1, 8), (0, 0, 64, 0), (1, 40, 1, 6)];
+    let first: &[Change] = &[
+        blocks(0, 0, 20, 2),
+        blocks(1, 3, 5, 0),
+        sectors(0, 90, 3, 4),
+        blocks(0, 10, 40, 0),
+        blocks(0, 12, 2, 5),
+        sectors(0, 93, 20, 7),
+        sectors(0, 95, 1, 0),
+        blocks(1, 38, 3, 4),
+        sectors(1, 321, 1, 9),
+    ];
+    let second: &[Change] = &[
+        blocks(1, 0, 2, 7),
+        sectors(1, 13, 1, 2),
+        sectors(0, 91, 512, 4),
+        blocks(0, 11, 1, 8),
+        sectors(0, 94, 1, 2),
+        sectors(0, 641, 1, 3),
+        blocks(0, 0, 64, 0),
+        blocks(1, 40, 1, 6),
+        sectors(1, 322, 1, 0),
+        sectors(1, 319, 2, 5),
+        sectors(0, 87, 2, 11),
+    ];
     let (mut cuts, mut redone, mut held) = (0, 0, 0);
-    for seed in 0..6 {
+    for (seed, align) in (0..4).flat_map(|seed| ALIGNS.map(|align| (seed, align))) {
         for target in 0..3 {
             for nth in 1.. {
-                let mut standby = Standby::new();
+                let mut standby = Standby::new(align);
                 let (mut plain, mut dice) = (blank(), Dice::new(seed * 1000 + nth));
                 let mut stages = vec![plain.clone()];
                 let sealed: Vec<Sealed> = [first, second]
@@ -276,4 +359,68 @@ fn a_power_cut_anywhere_is_made_good_by_applying_again() {
     }
     println!("apply: {cuts} power cuts, {redone} generations applied again, {held} times nothing was left to do");
     assert!(cuts > 100 && redone > 100 && held > 5);
+}
+
+/// Counts how often it is asked to read, and for how many runs.
+struct Counting(Box<dyn Engine>, usize, usize);
+
+impl Engine for Counting {
+    fn name(&self) -> &'static str {
+        self.0.name()
+    }
+    fn read(
+        &mut self,
+        file: &DeviceFile,
+        runs: &mut dyn Iterator<Item = ByteRun>,
+        sink: &mut dyn FnMut(ByteRun, &[u8]) -> Res<()>,
+    ) -> Res<()> {
+        let Counting(engine, reads, asked) = self;
+        let mut runs = runs.inspect(|_| *asked += 1).peekable();
+        *reads += usize::from(runs.peek().is_some());
+        engine.read(file, &mut runs, sink)
+    }
+    fn write(&mut self, file: &DeviceFile, fill: &mut dyn FnMut(&mut [u8]) -> Res<Option<ByteRun>>) -> Res<()> {
+        self.0.write(file, fill)
+    }
+}
+
+/// Ten thousand sectors, each in a block of its own, on two volumes that take turns: their blocks are read many at a time, and
+/// not all at once, or a payload of headers alone could ask for any amount of memory.
+#[test]
+fn many_sectors_cost_few_rounds_of_reading() {
+    let size_bytes = 5000 * BLOCK_BYTES;
+    let mut spec = spec();
+    spec.volumes.iter_mut().for_each(|volume| volume.size_bytes = size_bytes);
+    for align in ALIGNS {
+        let disks = [0, 1].map(|_| RamDisk::aligned(size_bytes, align));
+        let replicas = disks.each_ref().map(|disk| disk.open(true));
+        let (mut records, mut plain) = (Vec::new(), [0, 1].map(|_| vec![0; size_bytes as usize]));
+        for n in 0..10_000u64 {
+            let (volume, sector, byte) = (n % 2, n / 2 * 8 + n % 7, 1 + (n % 255) as u8);
+            encode_sectors(volume as u16, sector, &[byte; 512], true, &mut records);
+            plain[volume as usize][sector as usize * 512..][..512].fill(byte);
+        }
+        let mut counting = Counting(engine(EngineKind::Pread, 16).unwrap(), 0, 0);
+        assert_eq!(apply_direct(&records, &spec, &replicas, &mut counting).unwrap(), 10_000 * 512);
+        let Counting(_, reads, asked) = counting;
+        match align {
+            512 => assert_eq!((reads, asked), (0, 0), "sectors are written as they are"),
+            _ => assert!((10..=12).contains(&reads) && (157..200).contains(&asked), "{reads} rounds, {asked} runs"),
+        }
+        assert!(disks.each_ref().map(|disk| disk.bytes()) == plain);
+    }
+}
+
+#[test]
+fn what_is_read_is_only_what_is_changed_in_part() {
+    let disks = SIZES.map(|size| RamDisk::aligned(size, 4096));
+    let replicas = disks.each_ref().map(|disk| disk.open(true));
+    let mut plain = blank();
+    // 64 blocks and two edges; one that ends with the volume; whole blocks in sectors; a hole in sectors, next to one in blocks.
+    let list = [sectors(0, 7, 512, 2), sectors(1, 320, 3, 4), sectors(0, 528, 16, 6), sectors(1, 0, 128, 0), blocks(1, 16, 1, 0)];
+    let records = payload(&list, &mut plain);
+    let mut counting = Counting(engine(EngineKind::Pread, 4).unwrap(), 0, 0);
+    apply_direct(&records, &spec(), &replicas, &mut counting).unwrap();
+    assert_eq!((counting.1, counting.2), (1, 2));
+    assert!(disks.each_ref().map(|disk| disk.bytes()) == plain);
 }

@@ -4,7 +4,7 @@
 //! What is asked of each state: every acknowledged generation is there with its own bytes, nothing else is (but the one whose
 //! COMMIT was under way, whole), and no false alarm. What is not asked here: apply and the ledger, which are taken as durable.
 
-use doublure::delta::encode;
+use doublure::delta::{encode, encode_sectors};
 use doublure::durable::double::{Dice, Disks, Limits, Op, Trouble, World, crash_states};
 use doublure::journal::double::WorldOverflow;
 use doublure::journal::{Journal, Recovered, Sealed, Step};
@@ -14,7 +14,7 @@ const GROUP: Uuid = Uuid([7; 16]);
 /// Four blocks of management, and a ring of eleven: three small generations, or one of up to nine blocks of payload.
 const RING_BYTES: u64 = 15 * 4096;
 
-/// What the standby does. Sizes are changed blocks, each a record of 4 KiB and a header.
+/// What the standby does. Sizes are changed blocks, each a record of 4 KiB and a header, by turns of blocks and of sectors.
 #[derive(Clone, Copy, Debug)]
 enum Act {
     /// A generation arrives and is sealed.
@@ -119,7 +119,10 @@ impl Standby {
         let mut payload = Vec::new();
         for n in 0..blocks {
             let block: Vec<u8> = (0..BLOCK_BYTES).map(|_| self.dice.roll() as u8).collect();
-            encode(0, BlockRun { start: n, count: 1 }, &block, &mut payload);
+            match n % 2 {
+                0 => encode(0, BlockRun { start: n, count: 1 }, &block, &mut payload),
+                _ => encode_sectors(0, n * 8 + 3, &block, true, &mut payload),
+            }
         }
         encode(0, BlockRun { start: 500 + blocks, count: 1 }, &[0; 4096], &mut payload);
         payload

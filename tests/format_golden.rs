@@ -7,8 +7,10 @@
 //! `cargo test --test format_golden make_golden -- --ignored`, which never touches a file that is there.
 
 use doublure::delta;
-use doublure::format::{FRAME_HEADER_BYTES, FrameHead, Landing, Message, PROTOCOL, Purpose, Standing, generation_digest};
-use doublure::model::{BlockRun, Code, Digest, Fault, FileSystem, ImagePin, Moment, Position, Role, Uuid, VolumeSpec};
+use doublure::format::{
+    FRAME_HEADER_BYTES, FrameHead, Landing, Message, PROTOCOL, PROTOCOL_SECTORS, Purpose, Standing, generation_digest,
+};
+use doublure::model::{BlockRun, ByteRun, Code, Digest, Fault, FileSystem, ImagePin, Moment, Position, Role, Uuid, VolumeSpec};
 use std::path::PathBuf;
 
 fn golden(name: &str) -> PathBuf {
@@ -56,6 +58,14 @@ fn messages() -> Vec<(&'static str, Message)> {
         group: Uuid(count(16)),
         epoch: 3,
     };
+    // From the first release on that knows sector records; those before it refuse this version in words.
+    let hello_sectors = Message::Hello {
+        protocol: PROTOCOL_SECTORS,
+        host: "paris-1.example".into(),
+        purpose: Purpose::Replicate,
+        group: Uuid(count(16)),
+        epoch: 3,
+    };
     let begin = |landing| Message::Begin {
         position: at(4, 12),
         parent: at(3, 11),
@@ -68,6 +78,7 @@ fn messages() -> Vec<(&'static str, Message)> {
         ("hello_replicate", hello(Purpose::Replicate)),
         ("hello_images", hello(Purpose::Images)),
         ("hello_ask", hello(Purpose::Ask)),
+        ("hello_sectors", hello_sectors),
         ("welcome_empty", standing_of(Role::Standby)),
         ("welcome_promoting", standing_of(Role::Promoting)),
         ("welcome_fenced", standing_of(Role::Fenced)),
@@ -112,8 +123,16 @@ fn messages() -> Vec<(&'static str, Message)> {
     ]
 }
 
-/// A change record: name, volume number, run, plain bytes, and the encoding that they were given.
+/// A change record: name, volume number, first unit and number of units, plain bytes, and the encoding that they were given.
 type Record = (&'static str, u16, BlockRun, Vec<u8>, u8);
+
+/// From encoding 4 on the unit is the sector.
+fn put_record((_, number, run, plain, encoding): &Record, out: &mut Vec<u8>) {
+    match encoding {
+        0..4 => delta::encode(*number, *run, plain, out),
+        _ => delta::encode_sectors(*number, run.start, plain, true, out),
+    }
+}
 
 fn records() -> (Vec<VolumeSpec>, Vec<Record>) {
     let volume = |id: u8, size_bytes| VolumeSpec {
@@ -125,7 +144,7 @@ fn records() -> (Vec<VolumeSpec>, Vec<Record>) {
     };
     // A byte sequence without repeats that lz4 could use.
     let mut state = 1u32;
-    let noise = std::iter::repeat_with(|| {
+    let mut noise = std::iter::repeat_with(|| {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         (state >> 24) as u8
     });
@@ -135,9 +154,12 @@ fn records() -> (Vec<VolumeSpec>, Vec<Record>) {
     let records = vec![
         ("record_zero", 0, run(0xffff_fff0, 64), vec![0; 64 * 4096], 0),
         ("record_zero_short", 1, run(7, 2), vec![0; 4096 + 512], 0),
-        ("record_plain_short", 1, run(8, 1), noise.take(512).collect(), 1),
+        ("record_plain_short", 1, run(8, 1), noise.by_ref().take(512).collect(), 1),
         ("record_lz4", 0, run(1 << 30, 2), text.clone().take(8192).collect(), 2),
-        ("record_lz4_short", 1, run(7, 2), text.take(4096 + 512).collect(), 2),
+        ("record_lz4_short", 1, run(7, 2), text.clone().take(4096 + 512).collect(), 2),
+        ("record_sectors_zero", 0, run(0x1_ffff_fff1, 512), vec![0; 512 * 512], 4),
+        ("record_sectors_plain", 0, run((1 << 36) - 1, 1), noise.take(512).collect(), 5),
+        ("record_sectors_lz4", 1, run(61, 4), text.take(4 * 512).collect(), 6),
     ];
     (volumes, records)
 }
@@ -166,18 +188,21 @@ fn every_message_is_written_and_read_as_version_1_did() {
 #[test]
 fn every_record_is_read_as_version_1_wrote_it_and_written_alike() {
     let (volumes, records) = records();
-    for (name, number, run, plain, encoding) in records {
+    for record in records {
+        let (name, number, run, plain, encoding) = &record;
         let bytes = stored(name);
         let head = delta::head(&bytes, &volumes).unwrap().unwrap();
-        assert_eq!((head.volume, head.run, head.encoding), (number, run, encoding), "{name}");
+        let unit_bytes = if *encoding < 4 { 4096 } else { 512 };
+        let place = ByteRun { offset: run.start * unit_bytes, len: plain.len() as u64 };
+        assert_eq!((head.volume, head.bytes(), head.encoding), (*number, place, *encoding), "{name}");
         let mut back = vec![0xaa; plain.len()];
         delta::decode(&head, &bytes[delta::RECORD_HEADER_BYTES..], &mut back).unwrap();
-        assert!(back == plain, "{name}: other bytes were read");
+        assert!(back == *plain, "{name}: other bytes were read");
         let mut again = Vec::new();
-        delta::encode(number, run, &plain, &mut again);
+        put_record(&record, &mut again);
         // lz4 has many spellings of the same bytes, and a later compressor may choose another. All else is fixed.
         match encoding {
-            2 => assert_eq!(again[..20], bytes[..20], "{name}"),
+            2 | 6 => assert_eq!(again[..20], bytes[..20], "{name}"),
             _ => assert_eq!(again, bytes, "{name}"),
         }
     }
@@ -216,10 +241,10 @@ fn no_sample_is_forgotten() {
 #[ignore = "writes missing samples: cargo test --test format_golden make_golden -- --ignored"]
 fn make_golden() {
     let (_, records) = records();
-    let records = records.into_iter().map(|(name, number, run, plain, _)| {
+    let records = records.into_iter().map(|record| {
         let mut out = Vec::new();
-        delta::encode(number, run, &plain, &mut out);
-        (name, out)
+        put_record(&record, &mut out);
+        (record.0, out)
     });
     for (name, bytes) in messages().iter().map(|(name, message)| (*name, encoded(message))).chain(records) {
         let path = golden(&format!("{name}.bin"));

@@ -226,7 +226,7 @@ mod tests {
         let piece = encoder.take();
         let (mut at, mut runs) = (0, Vec::new());
         while let Some(head) = delta::head(&piece[at..], std::slice::from_ref(&spec)).unwrap() {
-            runs.push(head.run);
+            runs.push(head.block_run());
             at += delta::RECORD_HEADER_BYTES + head.stored_bytes as usize;
         }
         // Zero blocks are known to be there (a new replica is zero); the others go in two runs.

@@ -12,17 +12,16 @@
 //! 5. now, and not before, the caller may let the journal go of it (`Journal::release`)
 //!
 //! A crash before 4 leaves a replica with a part of the generation, the whole of it in the journal, and a ledger that says so: it
-//! is applied again from the start. That is safe because a record's bytes do not depend on what was there before.
+//! is applied again from the start. That is safe because a record's bytes do not depend on what was there before, and what stands
+//! around a sector record in the same block is either named by another record or still what it was before the first attempt.
 
-use crate::delta::{RECORD_HEADER_BYTES, RecordHead, decode, head};
+mod records;
+
+use crate::apply::records::write_records;
 use crate::device::{DeviceFile, Engine};
 use crate::journal::{Journal, Sealed};
 use crate::ledger::{Ledger, Record};
-use crate::model::{BlockRun, Code, Digest, Fault, GroupSpec, Moment, Position, Res, SealedProof};
-
-/// Zero runs of at least this many blocks become holes (or BLKZEROOUT); shorter ones are written, which is one request among many
-/// in flight instead of a call of its own.
-const HOLE_BLOCKS_MIN: u64 = 16;
+use crate::model::{Code, Digest, Fault, GroupSpec, Moment, Position, Res, SealedProof};
 
 /// Proof that everything up to a position is on the replicas, durably, and that the ledger says so. Only apply makes it.
 #[derive(Debug)]
@@ -157,84 +156,4 @@ fn check_sizes(spec: &GroupSpec, replicas: &[DeviceFile]) -> Res<()> {
         return Err(Fault::new(code, format!("the replica of volume {}", volume.name), cause, next));
     }
     Ok(())
-}
-
-/// Where a record stands in a piece of payload.
-struct Here {
-    head: RecordHead,
-    stored_at: usize,
-    end: usize,
-}
-
-fn record_at(records: &[u8], at: usize, spec: &GroupSpec) -> Res<Option<Here>> {
-    if at == records.len() {
-        return Ok(None);
-    }
-    let cut = || Fault::protocol("a change record is cut off");
-    let head = head(&records[at..], &spec.volumes)?.ok_or_else(cut)?;
-    let stored_at = at + RECORD_HEADER_BYTES;
-    let end = stored_at + head.stored_bytes as usize;
-    match end <= records.len() {
-        true => Ok(Some(Here { head, stored_at, end })),
-        false => Err(cut()),
-    }
-}
-
-/// A zero record is encoding 0 (byte map: `delta::record`).
-fn is_hole(head: &RecordHead) -> bool {
-    head.encoding == 0 && head.run.count >= HOLE_BLOCKS_MIN
-}
-
-/// Writes records in their order; consecutive ones of a volume go out together, many in flight, decoded into the engine's buffers.
-fn write_records(
-    records: &[u8],
-    spec: &GroupSpec,
-    replicas: &[DeviceFile],
-    engine: &mut dyn Engine,
-    touched: &mut [bool],
-) -> Res<u64> {
-    let (mut at, mut written, mut scratch) = (0, 0, Vec::new());
-    while let Some(first) = record_at(records, at, spec)? {
-        let volume = usize::from(first.head.volume);
-        let size_bytes = spec.volumes[volume].size_bytes;
-        touched[volume] = true;
-        if is_hole(&first.head) {
-            // Neighbouring holes are one call.
-            let mut run: BlockRun = first.head.run;
-            check_zero(&first.head, run.bytes(size_bytes).len, &mut scratch)?;
-            at = first.end;
-            while let Some(next) = record_at(records, at, spec)?
-                && next.head.encoding == 0
-                && (next.head.volume, next.head.run.start) == (first.head.volume, run.end())
-            {
-                check_zero(&next.head, next.head.run.bytes(size_bytes).len, &mut scratch)?;
-                run.count += next.head.run.count;
-                at = next.end;
-            }
-            let bytes = run.bytes(size_bytes);
-            replicas[volume].zero(bytes)?;
-            written += bytes.len;
-            continue;
-        }
-        engine.write(&replicas[volume], &mut |buffer| {
-            let here = match record_at(records, at, spec)? {
-                Some(here) if here.head.volume == first.head.volume && !is_hole(&here.head) => here,
-                _ => return Ok(None),
-            };
-            let bytes = here.head.run.bytes(size_bytes);
-            let Some(plain) = buffer.get_mut(..bytes.len as usize) else {
-                return Err(Fault::internal("a change record", "it is larger than a buffer of the engine"));
-            };
-            decode(&here.head, &records[here.stored_at..here.end], plain)?;
-            (at, written) = (here.end, written + bytes.len);
-            Ok(Some(bytes))
-        })?;
-    }
-    Ok(written)
-}
-
-/// A zero record's checksum is that of zeroes of its length; one that says otherwise was not made from zeroes.
-fn check_zero(head: &RecordHead, bytes: u64, scratch: &mut Vec<u8>) -> Res<()> {
-    scratch.resize(bytes as usize, 0);
-    decode(head, &[], scratch)
 }

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub struct RamDisk {
     disk: Mutex<Disk>,
     size: u64,
+    align: u64,
 }
 
 struct Disk {
@@ -27,9 +28,14 @@ struct Disk {
 impl RamDisk {
     /// A disk of `size_bytes` zeroes; twice that in memory.
     pub fn new(size_bytes: u64) -> Arc<RamDisk> {
+        RamDisk::aligned(size_bytes, 512)
+    }
+
+    /// The same, refusing (`EINVAL`) what does not begin and end with its units of `align` bytes, or with the disk.
+    pub fn aligned(size_bytes: u64, align: u64) -> Arc<RamDisk> {
         let zeroes = vec![0; size_bytes as usize];
         let disk = Disk { seen: zeroes.clone(), stable: zeroes, unflushed: Vec::new(), failing: None };
-        Arc::new(RamDisk { disk: Mutex::new(disk), size: size_bytes })
+        Arc::new(RamDisk { disk: Mutex::new(disk), size: size_bytes, align })
     }
 
     /// Opens it; several handles see the same bytes, each with a poison of its own.
@@ -63,11 +69,24 @@ impl RamDisk {
         self.lock().seen.clone()
     }
 
+    pub(super) fn align_bytes(&self) -> u64 {
+        self.align
+    }
+
+    fn fits(&self, run: ByteRun) -> io::Result<()> {
+        let whole = |at: u64| at.is_multiple_of(self.align) || at == self.size;
+        match whole(run.offset) && whole(run.end()) {
+            true => Ok(()),
+            false => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Disk> {
         self.disk.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn read(&self, run: ByteRun, to: &mut [u8]) -> io::Result<()> {
+        self.fits(run)?;
         let mut disk = self.lock();
         disk.count()?;
         to[..run.len as usize].copy_from_slice(&disk.seen[range(run)]);
@@ -75,6 +94,7 @@ impl RamDisk {
     }
 
     pub(super) fn write(&self, run: ByteRun, from: &[u8]) -> io::Result<()> {
+        self.fits(run)?;
         let mut disk = self.lock();
         disk.count()?;
         disk.seen[range(run)].copy_from_slice(&from[..run.len as usize]);
@@ -83,6 +103,7 @@ impl RamDisk {
     }
 
     pub(super) fn zero(&self, run: ByteRun) -> io::Result<()> {
+        self.fits(run)?;
         let mut disk = self.lock();
         disk.count()?;
         disk.seen[range(run)].fill(0);

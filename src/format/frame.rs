@@ -5,7 +5,7 @@
 //! | bytes | what |
 //! |---|---|
 //! | `[0..4)` | `DBLR` |
-//! | `[4..6)` | u16 protocol version, 1 |
+//! | `[4..6)` | u16 protocol version, 1 (of frames and messages; a conversation may be of version 2, see [`PROTOCOL_SECTORS`]) |
 //! | `[6..8)` | u16 kind of message (the list stands in `format::message`) |
 //! | `[8..12)` | u32 payload bytes |
 //! | `[12..16)` | u32 crc32 of the payload |
@@ -17,6 +17,12 @@ use crate::model::{Code, Fault, Res};
 
 /// The wire protocol's version; hosts of different versions say so and stop.
 pub const PROTOCOL: u16 = 1;
+/// What `Hello` and `Welcome` say instead of [`PROTOCOL`] in a conversation whose payload may hold sector records (`delta::record`).
+///
+/// Frames and messages are those of version 1. Whoever sends no sector records goes on saying 1, so that hosts of different age
+/// understand each other as long as they can; a host that does not know sector records refuses the `Hello` by its version, in words,
+/// before a byte of payload is sent.
+pub const PROTOCOL_SECTORS: u16 = 2;
 /// Largest payload of one frame, in bytes.
 pub const FRAME_PAYLOAD_MAX: usize = 1 << 20;
 /// Length of a frame header in bytes.

@@ -13,7 +13,7 @@ mod journal_record;
 mod ledger_record;
 mod message;
 
-pub use frame::{FRAME_HEADER_BYTES, FRAME_PAYLOAD_MAX, FrameHead, PROTOCOL, version_mismatch};
+pub use frame::{FRAME_HEADER_BYTES, FRAME_PAYLOAD_MAX, FrameHead, PROTOCOL, PROTOCOL_SECTORS, version_mismatch};
 pub use generation::generation_digest;
 pub use journal_record::{Commit, Found, GenerationHead, JOURNAL_BLOCK_BYTES, SECTOR_BYTES, Sector, Superblock};
 pub use ledger_record::LedgerHead;

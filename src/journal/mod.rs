@@ -25,10 +25,10 @@ pub use overflow::DirOverflow;
 #[doc(hidden)]
 pub use seal::Step;
 
-use crate::delta::{RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RUN_BLOCKS_MAX, decode, head};
+use crate::delta::{PLAIN_BYTES_MAX, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, decode, head};
 use crate::durable::{AlignedBuf, Storage};
 use crate::format::{GenerationHead, JOURNAL_BLOCK_BYTES, Sector, Superblock};
-use crate::model::{BLOCK_BYTES, Code, Digest, Fault, GroupId, Moment, Position, Res, SealedProof, Uuid, VolumeSpec};
+use crate::model::{Code, Digest, Fault, GroupId, Moment, Position, Res, SealedProof, Uuid, VolumeSpec};
 use std::collections::{BTreeMap, VecDeque};
 
 /// A block, in bytes.
@@ -587,15 +587,14 @@ fn not_open() -> Fault {
 
 /// Decodes every record and checks it against the geometry and its checksum; nothing is kept of it.
 fn check_records(records: &[u8], volumes: &[VolumeSpec], plain: &mut Vec<u8>) -> Res<()> {
-    plain.resize((RUN_BLOCKS_MAX * BLOCK_BYTES) as usize, 0);
+    plain.resize(PLAIN_BYTES_MAX, 0);
     let mut rest = records;
     while !rest.is_empty() {
         let cut = || Fault::protocol("a change record is cut off");
         let head = head(rest, volumes)?.ok_or_else(cut)?;
         let end = RECORD_HEADER_BYTES + head.stored_bytes as usize;
         let stored = rest.get(RECORD_HEADER_BYTES..end).ok_or_else(cut)?;
-        let run = head.run.bytes(volumes[usize::from(head.volume)].size_bytes);
-        decode(&head, stored, &mut plain[..run.len as usize])?;
+        decode(&head, stored, &mut plain[..head.len_bytes as usize])?;
         rest = &rest[end..];
     }
     Ok(())

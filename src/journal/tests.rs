@@ -1,11 +1,11 @@
 //! The room's own tests: against a plain model, on real files, and with what a peer might send. Crashes: `tests/crash_journal.rs`.
 
 use super::*;
-use crate::delta::encode;
+use crate::delta::{encode, encode_sectors};
 use crate::durable::FileStorage;
 use crate::durable::double::{Dice, World};
 use crate::journal::double::WorldOverflow;
-use crate::model::{BlockRun, FileSystem};
+use crate::model::{BLOCK_BYTES, BlockRun, FileSystem};
 use proptest::prelude::*;
 
 const GROUP: GroupId = Uuid([4; 16]);
@@ -25,6 +25,9 @@ fn records(blocks: &[u64], seed: u64) -> Vec<u8> {
     for (n, count) in blocks.iter().enumerate() {
         let plain: Vec<u8> = (0..count * BLOCK_BYTES).map(|_| dice.roll() as u8).collect();
         encode(0, BlockRun { start: n as u64 * 64, count: *count }, &plain, &mut out);
+        // Some of the same blocks' sectors, zero or not.
+        let part = &plain[..512 * (1 + n % 3)];
+        encode_sectors(0, n as u64 * 512 + 3, if n % 2 == 0 { part } else { &[0; 1024] }, true, &mut out);
     }
     out
 }
@@ -173,12 +176,14 @@ fn the_length_of_a_record_is_read_where_delta_writes_it() {
     let mut payload = records(&[1, 3, 64], 1);
     encode(0, BlockRun { start: 9, count: 2 }, &[0; 8192], &mut payload);
     encode(0, BlockRun { start: 9, count: 2 }, &[7; 8192], &mut payload);
+    encode_sectors(0, 9, &[0; 8192], true, &mut payload);
+    encode_sectors(0, 9, &[7; 1024], true, &mut payload);
     let (mut at, mut ends) = (0, vec![0]);
     while let Some(head) = head(&payload[at..], &volumes()).unwrap() {
         at += RECORD_HEADER_BYTES + head.stored_bytes as usize;
         ends.push(at);
     }
-    assert_eq!(ends.len(), 6);
+    assert_eq!(ends.len(), 11);
     for cut in 0..=payload.len() {
         assert_eq!(whole_records(&payload[..cut]), ends.iter().rev().find(|end| **end <= cut).copied());
     }

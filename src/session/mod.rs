@@ -24,7 +24,7 @@ mod sender;
 pub use receiver::{OpenTransfer, Receiver, ReceiverAction};
 pub use sender::{Sender, SenderEvent};
 
-use crate::format::Message;
+use crate::format::{Message, PROTOCOL_SECTORS, version_mismatch};
 use crate::model::{Code, Digest, Fault, Position, Receipt, Res};
 
 /// The peer's acknowledgement of one generation.
@@ -56,6 +56,12 @@ fn follows(position: Position, tip: Position, epoch: u64) -> Res<()> {
         return Err(chain_broken(format!("generation {position} does not follow {tip}")));
     }
     Ok(())
+}
+
+/// The fault for a peer whose hello or welcome is of a version that has no place here.
+fn unknown_version(theirs: u16) -> Fault {
+    let fault = version_mismatch(theirs);
+    Fault { cause: format!("{}, and {PROTOCOL_SECTORS} where sector records are sent", fault.cause), ..fault }
 }
 
 fn stale(theirs: u64, ours: u64) -> Fault {

@@ -1,9 +1,9 @@
 //! The receiver's half of the conversation: the standby's.
 
-use crate::format::{Landing, Message, PROTOCOL, Purpose, Standing, generation_digest, version_mismatch};
+use crate::format::{Landing, Message, PROTOCOL, PROTOCOL_SECTORS, Purpose, Standing, generation_digest};
 use crate::model::{Code, Digest, Fault, GroupId, Moment, Position, Res, Role, SealedProof, Uuid};
 use crate::session::payload::Payload;
-use crate::session::{chain_broken, follows, out_of_turn, stale};
+use crate::session::{chain_broken, follows, out_of_turn, stale, unknown_version};
 
 /// The receiver's half (the standby).
 ///
@@ -12,6 +12,8 @@ use crate::session::{chain_broken, follows, out_of_turn, stale};
 #[derive(Debug)]
 pub struct Receiver {
     host: String,
+    /// The version that the peer said in its hello.
+    protocol: u16,
     stage: Stage,
     greeting: Greeting,
     /// The standby's tip, moved on by what was committed here.
@@ -170,6 +172,7 @@ impl Receiver {
     pub fn new(host: &str) -> Receiver {
         Receiver {
             host: host.to_string(),
+            protocol: PROTOCOL,
             stage: Stage::Fresh,
             greeting: Greeting { purpose: Purpose::Ask, group: Uuid([0; 16]), epoch: 0 },
             tip: Position::default(),
@@ -204,9 +207,10 @@ impl Receiver {
             (Stage::Closed, message) => Err(out_of_turn(&message, "after the conversation has ended")),
             (_, Message::Refused { fault }) => Err(fault),
             (Stage::Fresh, Message::Hello { protocol, host, purpose, group, epoch }) => {
-                if protocol != PROTOCOL {
-                    return Err(version_mismatch(protocol));
+                if !(PROTOCOL..=PROTOCOL_SECTORS).contains(&protocol) {
+                    return Err(unknown_version(protocol));
                 }
+                self.protocol = protocol;
                 self.greeting = Greeting { purpose, group, epoch };
                 self.stage = Stage::Greeted;
                 Ok(ReceiverAction::Greet { host, purpose, group, epoch })
@@ -346,7 +350,7 @@ impl Receiver {
         };
         (self.tip, self.tip_digest, self.defined) = (standing.tip, standing.tip_digest, standing.defined);
         self.credit = credit_bytes;
-        Message::Welcome { protocol: PROTOCOL, host: self.host.clone(), standing, credit_bytes }
+        Message::Welcome { protocol: self.protocol, host: self.host.clone(), standing, credit_bytes }
     }
 
     /// Gives back credit for bytes that were stored, at most those that came.

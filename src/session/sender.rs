@@ -1,12 +1,12 @@
 //! The sender's half of the conversation: the primary's.
 
 use crate::format::{
-    CONTROL_MAX, FRAME_PAYLOAD_MAX, Landing, Message, PROTOCOL, Purpose, Standing, generation_digest, version_mismatch,
+    CONTROL_MAX, FRAME_PAYLOAD_MAX, Landing, Message, PROTOCOL, PROTOCOL_SECTORS, Purpose, Standing, generation_digest,
 };
 use crate::model::{Code, Digest, Fault, GroupId, Moment, Position, Res, Role};
 use crate::session::payload::Payload;
 use crate::session::receiver::wrong_role;
-use crate::session::{Acknowledged, chain_broken, follows, out_of_turn, stale};
+use crate::session::{Acknowledged, chain_broken, follows, out_of_turn, stale, unknown_version};
 use std::collections::VecDeque;
 
 /// Ranges of digests that may be asked for before the first is answered.
@@ -18,6 +18,8 @@ const RANGES_MAX: usize = 64;
 /// and nothing is to be sent. An error of [`Sender::on_message`] ends the conversation.
 #[derive(Debug)]
 pub struct Sender {
+    /// The version that was said in `Hello`, and must come back.
+    protocol: u16,
     purpose: Purpose,
     group: GroupId,
     epoch: u64,
@@ -102,7 +104,18 @@ pub enum SenderEvent {
 impl Sender {
     /// A new conversation and the `Hello` to send.
     pub fn new(host: &str, purpose: Purpose, group: GroupId, epoch: u64) -> (Sender, Message) {
+        Sender::speaking(PROTOCOL, host, purpose, group, epoch)
+    }
+
+    /// The same to replicate with sector records in the payload. A standby that does not know them refuses it with `VERSION_MISMATCH`,
+    /// before anything is sent: replicate without them then, or say so.
+    pub fn with_sectors(host: &str, group: GroupId, epoch: u64) -> (Sender, Message) {
+        Sender::speaking(PROTOCOL_SECTORS, host, Purpose::Replicate, group, epoch)
+    }
+
+    fn speaking(protocol: u16, host: &str, purpose: Purpose, group: GroupId, epoch: u64) -> (Sender, Message) {
         let sender = Sender {
+            protocol,
             purpose,
             group,
             epoch,
@@ -116,7 +129,7 @@ impl Sender {
             segments_done: 0,
             ranges: VecDeque::new(),
         };
-        (sender, Message::Hello { protocol: PROTOCOL, host: host.to_string(), purpose, group, epoch })
+        (sender, Message::Hello { protocol, host: host.to_string(), purpose, group, epoch })
     }
 
     /// Takes a message. A `Refused` becomes its fault; anything out of turn is `PROTOCOL_ERROR`.
@@ -134,6 +147,12 @@ impl Sender {
     fn take(&mut self, message: Message) -> Res<SenderEvent> {
         match (&self.stage, message) {
             (Stage::Closed, message) => Err(out_of_turn(&message, "after the conversation has ended")),
+            // The standby tells this from where it stands ("it speaks version 2"); here it must be said the other way round.
+            (Stage::Greeting, Message::Refused { fault })
+                if self.protocol == PROTOCOL_SECTORS && fault.code == Code::VersionMismatch =>
+            {
+                Err(no_sectors())
+            }
             (_, Message::Refused { fault }) => Err(fault),
             (Stage::Greeting, Message::Welcome { protocol, host, standing, credit_bytes }) => {
                 self.welcomed(protocol, host, standing, credit_bytes)
@@ -176,8 +195,8 @@ impl Sender {
     }
 
     fn welcomed(&mut self, protocol: u16, host: String, standing: Standing, credit_bytes: u64) -> Res<SenderEvent> {
-        if protocol != PROTOCOL {
-            return Err(version_mismatch(protocol));
+        if protocol != self.protocol {
+            return Err(unknown_version(protocol));
         }
         if self.purpose != Purpose::Ask {
             if standing.epoch > self.epoch {
@@ -223,6 +242,11 @@ impl Sender {
             }
             _ => Err(Fault::protocol("digests came that nobody asked for")),
         }
+    }
+
+    /// Whether the payload may hold sector records.
+    pub fn sectors(&self) -> bool {
+        self.protocol == PROTOCOL_SECTORS
     }
 
     /// Payload bytes that may be sent now.
@@ -363,6 +387,16 @@ impl Sender {
             false => Err(misplaced(what)),
         }
     }
+}
+
+/// The fault for a standby that is older than sector records.
+fn no_sectors() -> Fault {
+    Fault::new(
+        Code::VersionMismatch,
+        "the standby",
+        "its release of doublure does not know records of single sectors, which continuous replication sends",
+        "install the same release of doublure on both hosts, the standby first; until then replicate by interval",
+    )
 }
 
 fn misplaced(what: &str) -> Fault {

@@ -1,6 +1,6 @@
 //! Every message in every stage of both halves, and each rule by name.
 
-use crate::format::{FRAME_PAYLOAD_MAX, Landing, Message, PROTOCOL, Purpose, Standing, generation_digest};
+use crate::format::{FRAME_PAYLOAD_MAX, Landing, Message, PROTOCOL, PROTOCOL_SECTORS, Purpose, Standing, generation_digest};
 use crate::model::{Code, Digest, Fault, ImagePin, Moment, Position, Receipt, Res, Role, SealedProof, Uuid};
 use crate::session::{OpenTransfer, Receiver, ReceiverAction, Sender, SenderEvent, word};
 
@@ -467,6 +467,55 @@ fn another_version_is_named_on_both_sides() {
     let (mut sender, _) = Sender::new("paris", Purpose::Ask, GROUP, EPOCH);
     let answer = Message::Welcome { protocol: 9, host: "lyon".into(), standing: standing(), credit_bytes: 0 };
     assert_eq!(code(sender.on_message(answer)), Code::VersionMismatch);
+}
+
+#[test]
+fn sector_records_are_agreed_on_in_the_greeting() {
+    for (made, version) in [
+        (Sender::new("paris", Purpose::Replicate, GROUP, EPOCH), PROTOCOL),
+        (Sender::with_sectors("paris", GROUP, EPOCH), PROTOCOL_SECTORS),
+    ] {
+        let (mut sender, hello) = made;
+        assert_eq!(
+            hello,
+            Message::Hello { protocol: version, host: "paris".into(), purpose: Purpose::Replicate, group: GROUP, epoch: EPOCH }
+        );
+        let mut receiver = Receiver::new("lyon");
+        receiver.on_message(hello).unwrap();
+        let answer = receiver.welcome(standing(), CREDIT);
+        assert!(matches!(answer, Message::Welcome { protocol, .. } if protocol == version), "{answer:?}");
+        assert!(matches!(sender.on_message(answer), Ok(SenderEvent::Welcome { .. })));
+        assert_eq!(sender.sectors(), version == PROTOCOL_SECTORS);
+    }
+    // Half an agreement is none: a welcome of the other version, either way.
+    let (mut sender, _) = Sender::with_sectors("paris", GROUP, EPOCH);
+    assert_eq!(code(sender.on_message(welcome(standing()))), Code::VersionMismatch);
+    let (mut sender, _) = Sender::new("paris", Purpose::Replicate, GROUP, EPOCH);
+    let answer = Message::Welcome { protocol: PROTOCOL_SECTORS, host: "lyon".into(), standing: standing(), credit_bytes: 0 };
+    assert_eq!(code(sender.on_message(answer)), Code::VersionMismatch);
+    for unknown in [0, 3] {
+        let hello = Message::Hello { protocol: unknown, host: "paris".into(), purpose: Purpose::Ask, group: GROUP, epoch: 1 };
+        assert_eq!(code(Receiver::new("lyon").on_message(hello)), Code::VersionMismatch);
+    }
+}
+
+/// An older standby knows version 1 only, and says so in its own words: the primary says what it means here. It stays able to
+/// replicate without sector records.
+#[test]
+fn a_standby_that_knows_no_sector_records_is_named() {
+    let theirs = crate::format::version_mismatch(PROTOCOL_SECTORS);
+    let (mut sender, _) = Sender::with_sectors("paris", GROUP, EPOCH);
+    let fault = sender.on_message(Message::Refused { fault: theirs.clone() }).unwrap_err();
+    assert!(
+        fault.code == Code::VersionMismatch && fault.to_string().contains("standby") && fault.cause.contains("sectors"),
+        "{fault}"
+    );
+    assert!(sender.on_message(welcome(standing())).is_err(), "the conversation has ended");
+    // Any other refusal, and the same one of another conversation, is told as it came.
+    let (mut sender, _) = Sender::with_sectors("paris", GROUP, EPOCH);
+    assert_eq!(sender.on_message(Message::Refused { fault: crate::session::stale(1, 2) }), Err(crate::session::stale(1, 2)));
+    let (mut sender, _) = Sender::new("paris", Purpose::Replicate, GROUP, EPOCH);
+    assert_eq!(sender.on_message(Message::Refused { fault: theirs.clone() }), Err(theirs));
 }
 
 #[test]
