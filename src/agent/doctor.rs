@@ -26,7 +26,9 @@ fn said(fault: Fault) -> (String, String) {
 
 /// Looks at the host. Exit: 0 all well, 4 something optional is missing, 3 something needed is missing.
 pub fn doctor(settings: &Settings) -> Res<(Value, Exit)> {
-    let mut checks = vec![kernel(), btf(), tracker(settings), engine(settings)];
+    let mut checks = vec![kernel(), btf()];
+    checks.extend(tracker(settings));
+    checks.push(engine(settings));
     for (name, needed, tool, package) in [
         ("mkfs.ext4", true, "mkfs.ext4", "e2fsprogs"),
         ("e2fsck", true, "e2fsck", "e2fsprogs"),
@@ -91,13 +93,18 @@ fn btf() -> Check {
     check("btf", true, outcome)
 }
 
-/// Loads the programs under a name of their own and lets them prove that they see every kind of write.
-fn tracker(settings: &Settings) -> Check {
+/// Loads the programs under a name of their own and lets them prove that they see every kind of write, and copy it right.
+fn tracker(settings: &Settings) -> [Check; 2] {
     let pins = settings.pin_dir.with_file_name(format!("doublure-doctor-{}", std::process::id()));
     let scratch = if settings.state_dir.is_dir() { settings.state_dir.clone() } else { std::env::temp_dir() };
-    let outcome = Tracker::open(&pins).and_then(|mut tracker| tracker.self_test(&scratch));
+    let mut opened = Tracker::open(&pins);
+    let seen = opened.as_mut().map_err(|fault| fault.clone()).and_then(|tracker| tracker.self_test(&scratch));
+    let copied = opened.as_mut().map_err(|fault| fault.clone()).and_then(|tracker| tracker.prepare_capture(&scratch));
+    drop(opened);
     let _ = std::fs::remove_dir_all(&pins);
-    check("tracker self-test", true, outcome.map(|()| "every kind of write was seen".to_string()).map_err(said))
+    let seen = seen.map(|()| "every kind of write was seen".to_string()).map_err(said);
+    let copied = copied.map(|()| "every kind of write was copied right: no freeze is needed".to_string()).map_err(said);
+    [check("tracker self-test", true, seen), check("capture", false, copied)]
 }
 
 fn engine(settings: &Settings) -> Check {

@@ -3,7 +3,7 @@
 use crate::delta;
 use crate::delta::BlockDigest;
 use crate::known::Known;
-use crate::model::{BLOCK_BYTES, BlockRun, Res};
+use crate::model::{BLOCK_BYTES, BlockRun, ByteRun, Res};
 use std::collections::BTreeMap;
 use std::time::Instant;
 
@@ -21,6 +21,8 @@ pub struct Sent {
     digests: Vec<u8>,
     /// What was sent beyond the bound, as one range for each volume: of its blocks nothing is believed, an earlier digest least of all.
     beyond: BTreeMap<u16, BlockRun>,
+    /// Blocks of which only some sectors were sent last: whatever was sent of them before, the standby holds something else.
+    parts: Vec<(u16, BlockRun)>,
 }
 
 impl Sent {
@@ -37,6 +39,9 @@ impl Sent {
             }
             at = end;
         }
+        for (volume, run) in self.parts {
+            known[usize::from(volume)].forget(run)?;
+        }
         Ok(())
     }
     /// Takes another's runs after our own, within the bound.
@@ -50,6 +55,7 @@ impl Sent {
         for (volume, run) in other.beyond {
             self.pass(volume, run);
         }
+        self.parts.extend(other.parts);
     }
     /// Nothing is believed of this run.
     fn pass(&mut self, volume: u16, run: BlockRun) {
@@ -116,19 +122,51 @@ impl Effort {
     }
 }
 
+/// Whether captured writes are worth lz4: tried on all while it pays, on one run in sixteen while it does not.
+#[derive(Default)]
+pub struct Thrift {
+    plain_bytes: u64,
+    stored_bytes: u64,
+    passed: u32,
+}
+
+/// Judged on so many plain bytes.
+const THRIFT_BYTES: u64 = 1 << 20;
+
+impl Thrift {
+    /// Whether lz4 is to be tried on the next run.
+    pub fn tries(&mut self) -> bool {
+        self.passed += 1;
+        // Less than one byte in sixteen saved is not worth the work.
+        let pays = self.plain_bytes < THRIFT_BYTES / 4 || self.stored_bytes * 16 < self.plain_bytes * 15;
+        pays || self.passed.is_multiple_of(16)
+    }
+    /// So many bytes became so many.
+    pub fn tried(&mut self, plain_bytes: u64, stored_bytes: u64) {
+        self.plain_bytes += plain_bytes;
+        self.stored_bytes += stored_bytes;
+        if self.plain_bytes > THRIFT_BYTES {
+            // The newest counts most.
+            self.plain_bytes /= 2;
+            self.stored_bytes /= 2;
+        }
+    }
+}
+
 /// Builds pieces of payload.
 pub struct Encoder {
     piece: Vec<u8>,
     /// Whether lz4 is tried.
     pub packs: bool,
     digests: Vec<u8>,
+    taken_bytes: u64,
     /// What the pieces so far carry.
     pub sent: Sent,
 }
 
 impl Default for Encoder {
     fn default() -> Self {
-        Encoder { piece: Vec::new(), packs: true, digests: Vec::new(), sent: Sent::default() }
+        Encoder { piece: Vec::new(), packs: true, digests: Vec::new(), taken_bytes: 0, sent: Sent::default() }
     }
 }
 
@@ -176,8 +214,26 @@ impl Encoder {
         Ok(())
     }
 
+    /// Adds single sectors of a block, of which nothing else is known; a full piece comes back. Error: `DISK_FULL`.
+    pub fn add_sectors(&mut self, volume: u16, first: u64, bytes: &[u8], known: &mut Known) -> Res<Option<Vec<u8>>> {
+        let at = ByteRun { offset: first * delta::SECTOR_BYTES, len: bytes.len() as u64 };
+        let start = at.offset / BLOCK_BYTES;
+        // What the whole block is on the standby is unknown from here on, until it is sent whole.
+        let run = BlockRun { start, count: at.end().div_ceil(BLOCK_BYTES) - start };
+        known.forget(run)?;
+        self.sent.parts.push((volume, run));
+        delta::encode_sectors(volume, first, bytes, self.packs, &mut self.piece);
+        Ok((self.piece.len() >= PIECE_BYTES).then(|| self.take()))
+    }
+
+    /// Bytes of all pieces so far.
+    pub fn stored_bytes(&self) -> u64 {
+        self.taken_bytes + self.piece.len() as u64
+    }
+
     /// The last piece; empty when nothing is left.
     pub fn take(&mut self) -> Vec<u8> {
+        self.taken_bytes += self.piece.len() as u64;
         std::mem::replace(&mut self.piece, Vec::with_capacity(PIECE_BYTES + (64 << 10)))
     }
 }

@@ -4,6 +4,7 @@ use crate::agent::live::Live;
 use crate::durable::FileStorage;
 use crate::ledger;
 use crate::ledger::{Ledger, Record};
+use crate::link::Bell;
 use crate::model::{Code, Exit, Fault, GroupId, Moment, Position, Res};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Sender;
@@ -47,6 +48,8 @@ pub struct Group {
     busy: Mutex<Option<String>>,
     /// The primary thread's inbox, while there is one.
     pub commands: Mutex<Option<Sender<Command>>>,
+    /// Ends the primary thread's sleep when a command is sent.
+    pub bell: Mutex<Option<Bell>>,
     /// The standby's side, opened.
     pub standby: Mutex<Option<crate::agent::standby::Standby>>,
     /// Counts connections of the primary: an older one must let go when a newer one comes.
@@ -111,6 +114,7 @@ impl Group {
             live: Mutex::new(live),
             busy: Mutex::new(None),
             commands: Mutex::new(None),
+            bell: Mutex::new(None),
             standby: Mutex::new(None),
             connection: Default::default(),
         }
@@ -169,7 +173,11 @@ impl Group {
     /// Asks the primary thread for something.
     pub fn tell(&self, command: Command) -> Res<()> {
         let gone = |_| self.no_thread();
-        lock(&self.commands).as_ref().ok_or_else(|| self.no_thread())?.send(command).map_err(gone)
+        lock(&self.commands).as_ref().ok_or_else(|| self.no_thread())?.send(command).map_err(gone)?;
+        if let Some(bell) = lock(&self.bell).as_ref() {
+            bell.ring();
+        }
+        Ok(())
     }
 
     fn no_thread(&self) -> Fault {

@@ -56,6 +56,20 @@ pub struct Counters {
     pub mismatched_blocks: u64,
     /// Cuts that were discarded.
     pub cuts_discarded: u64,
+    /// Data of writes copied as they completed.
+    pub bytes_captured: u64,
+    /// Ranges that changed and were read because their data was not captured.
+    pub holes: u64,
+    /// Looks at which something had gone by without a record; it was read.
+    pub capture_missed: u64,
+    /// Rounds shipped before a cut because there was too much to read at once.
+    pub rounds: u64,
+    /// Checkpoints begun.
+    pub checkpoints: u64,
+    /// Blocks compared with what was shipped.
+    pub checked_blocks: u64,
+    /// Written blocks that differed from what was shipped, and were shipped again (pages that changed while they were written).
+    pub repaired_blocks: u64,
 }
 
 impl Counters {
@@ -70,6 +84,9 @@ impl Counters {
             "bytes_sent": self.bytes_sent, "bytes_written": self.bytes_written,
             "comparisons": self.comparisons, "mismatched_blocks": self.mismatched_blocks,
             "cuts_discarded": self.cuts_discarded,
+            "bytes_captured": self.bytes_captured, "holes": self.holes, "capture_missed": self.capture_missed,
+            "rounds": self.rounds, "checkpoints": self.checkpoints, "checked_blocks": self.checked_blocks,
+            "repaired_blocks": self.repaired_blocks,
         })
     }
 }
@@ -83,7 +100,7 @@ pub struct LiveVolume {
     pub dirty_bytes: Option<u64>,
     /// `bitmap`, or why there is none.
     pub tracker: String,
-    /// How it is cut: `freeze`, `unmounted`.
+    /// How it is cut: `capture`, `freeze`, `unmounted`.
     pub cut: String,
 }
 
@@ -103,7 +120,7 @@ pub struct Progress {
 pub struct Live {
     /// What the group is doing, in words.
     pub state: String,
-    /// `interval` once replication runs.
+    /// `continuous` or `interval` once replication runs.
     pub mode: String,
     /// Whether the peer is connected.
     pub connected: bool,

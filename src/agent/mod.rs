@@ -15,11 +15,12 @@ mod promote;
 mod standby;
 mod status;
 mod volumes;
+mod watch;
 mod wire;
 
 pub use doctor::doctor;
 
-use crate::config::Settings;
+use crate::config::{Mode, Settings};
 use crate::control;
 use crate::docker::Docker;
 use crate::durable;
@@ -222,6 +223,11 @@ pub fn run(settings: Settings, ready: &dyn Fn()) -> Res<()> {
 fn open_tracker(settings: &Settings) -> Res<Tracker> {
     let mut tracker = Tracker::open(&settings.pin_dir)?;
     tracker.self_test(&settings.state_dir)?;
+    if settings.mode != Mode::Freeze
+        && let Err(refusal) = tracker.prepare_capture(&settings.state_dir)
+    {
+        tracing::warn!("{refusal}");
+    }
     Ok(tracker)
 }
 

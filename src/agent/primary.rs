@@ -1,16 +1,19 @@
 //! The primary's side of one group: one thread that connects, finds its footing, and cycles.
 
+mod continuous;
+
 use crate::agent::Agent;
-use crate::agent::encode::{Effort, Encoder, Sent};
-use crate::agent::group::{Command, Group, SyncWaiter};
+use crate::agent::encode::{Effort, Encoder, Sent, Thrift};
+use crate::agent::group::{Command, Group, SyncWaiter, lock};
 use crate::agent::live::Progress;
 use crate::agent::wire::Wire;
+use crate::config::Mode;
 use crate::cut;
 use crate::delta::RECORD_HEADER_BYTES;
 use crate::device;
 use crate::device::DeviceFile;
 use crate::device::Engine;
-use crate::format::{Landing, Purpose, Standing};
+use crate::format::{Landing, Standing};
 use crate::host;
 use crate::host::DeviceIdentity;
 use crate::known::Known;
@@ -28,6 +31,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
+
+use continuous::HEARTBEAT;
 
 const RETRY_FIRST: Duration = Duration::from_millis(250);
 const RETRY_MAX: Duration = Duration::from_secs(5);
@@ -79,6 +84,16 @@ struct Primary {
     room_factor: u64,
     /// What a cut may read within a freeze, in bytes: less than configured after one that took too long on this disk.
     cut_max_bytes: u64,
+    /// Why cuts are made with a freeze; `None` where writes are captured.
+    capture_refusal: Option<String>,
+    /// Capture, while it is on.
+    capturing: Option<continuous::Capturing>,
+    /// Whether captured writes are worth lz4.
+    thrift: Thrift,
+    /// How far each volume's scrub has come, in blocks.
+    scrubbed: Vec<u64>,
+    /// Nothing was written at the last look: the next write ends the rest.
+    asleep: bool,
 }
 
 /// Why the loop ended without a fault.
@@ -188,6 +203,10 @@ impl Primary {
         }
         let engine = device::engine(agent.settings.io_engine, agent.settings.queue_depth)?;
         let freezer = host::Freezer::start(&agent.program)?;
+        let capture_refusal = Primary::refusal(agent, &volumes)?;
+        if let Some(reason) = &capture_refusal {
+            tracing::warn!(group = %group.name, %reason, "cuts are made with a freeze");
+        }
         group.with_live(|live| {
             live.engine = engine.name().into();
             live.volumes = volumes
@@ -196,7 +215,7 @@ impl Primary {
                     device: v.device.display().to_string(),
                     dirty_bytes: None,
                     tracker: "bitmap".into(),
-                    cut: "freeze".into(),
+                    cut: if capture_refusal.is_some() { "freeze".into() } else { "capture".into() },
                 })
                 .collect();
         });
@@ -216,6 +235,11 @@ impl Primary {
             recipe_looked: Instant::now(),
             room_factor: 1,
             cut_max_bytes: agent.settings.cut_max_bytes,
+            capture_refusal,
+            capturing: None,
+            thrift: Thrift::default(),
+            scrubbed: vec![0; group.record()?.spec.volumes.len()],
+            asleep: false,
         })
     }
 
@@ -228,6 +252,8 @@ impl Primary {
         if fault.code == Code::FreezeTimeout {
             self.cut_max_bytes = (self.cut_max_bytes / 2).max(CUT_LEAST_BYTES);
         }
+        // What was captured and not committed is read instead: its bits go back.
+        self.stop_capturing();
         if self.pending.is_none()
             && let Err(worse) = self.agent.tracker().and_then(|mut t| t.give_back(self.spec.id))
         {
@@ -255,11 +281,12 @@ impl Primary {
         self.state("connecting");
         let channel = self.agent.link.connect(&peer, Duration::from_secs(5))?;
         let (mut wire, mut standing) =
-            Wire::open(channel, &self.agent.settings.host, Purpose::Replicate, self.spec.id, self.epoch)?;
+            Wire::replicate(channel, &self.agent.settings.host, self.spec.id, self.epoch, self.captures())?;
         self.group.with_live(|live| {
             live.connected = true;
             live.clear(Code::PeerUnreachable);
         });
+        *lock(&self.group.bell) = Some(wire.bell());
         self.define(&mut wire)?;
         let base = self.agent.tracker()?.base(self.spec.id)?;
         let grounds = Grounds {
@@ -296,8 +323,12 @@ impl Primary {
                 self.start_over(false, &mut wire)?;
             }
         }
+        let mode = match (self.captures(), self.agent.settings.mode) {
+            (true, Mode::Continuous) => "continuous",
+            _ => "interval",
+        };
         self.group.with_live(|live| {
-            live.mode = "interval".into();
+            live.mode = mode.into();
             live.position = tip.0;
         });
         // A connection that found its footing clears what stood in its way.
@@ -314,10 +345,16 @@ impl Primary {
             }
             let began = Instant::now();
             // Who asks for a sync means what he has written, also what no file system has handed to its device yet: a cut sees to that.
-            let idle =
-                landing == Landing::Journal && self.waiters.is_empty() && self.dirty_blocks()? == 0 && self.doubts()?.is_empty();
+            let idle = self.capturing.is_none()
+                && landing == Landing::Journal
+                && self.waiters.is_empty()
+                && self.dirty_blocks()? == 0
+                && self.doubts()?.is_empty();
             if idle {
                 self.unchanged(&mut wire, tip.0)?;
+            } else if self.captures() {
+                tip = self.captured_cycle(&mut wire, tip, landing, began)?;
+                landing = Landing::Journal;
             } else {
                 tip = self.cycle(&mut wire, tip, landing, began)?;
                 landing = Landing::Journal;
@@ -325,7 +362,13 @@ impl Primary {
             if self.recipe_looked.elapsed() > RECIPE_EVERY {
                 self.look_at_recipes(&mut wire)?;
             }
-            next = (began + self.agent.settings.interval).max(Instant::now());
+            // A group that nobody writes sleeps until its ring says otherwise, but for a word now and then.
+            self.asleep = self.captured_nothing() == Some(true);
+            let pause = match self.asleep || (idle && self.captures()) {
+                true => self.agent.settings.interval.max(HEARTBEAT),
+                false => self.agent.settings.interval,
+            };
+            next = (began + pause).max(Instant::now());
         }
     }
 
@@ -418,7 +461,7 @@ impl Primary {
     }
 
     /// Waits until `next`, serving commands and keeping the connection alive.
-    fn rest(&mut self, wire: &mut Wire, commands: &Receiver<Command>, next: Instant) -> Res<Option<End>> {
+    fn rest(&mut self, wire: &mut Wire, commands: &Receiver<Command>, mut next: Instant) -> Res<Option<End>> {
         loop {
             match commands.try_recv() {
                 Ok(Command::Stop) | Err(std::sync::mpsc::TryRecvError::Disconnected) => return Ok(Some(End::Stopped)),
@@ -442,7 +485,16 @@ impl Primary {
                 return Ok(None);
             }
             wire.rested();
-            wire.pump(left.min(Duration::from_millis(50)))?;
+            if self.asleep {
+                self.watch(wire);
+            }
+            // Commands and, in its sleep, the first write ring the bell.
+            wire.pump(left.min(HEARTBEAT))?;
+            if self.asleep && self.captured_nothing() == Some(false) {
+                // The write's neighbours go with it: what an application does comes in bursts.
+                self.asleep = false;
+                next = next.min(Instant::now() + self.agent.settings.interval);
+            }
             if let Some(event) = wire.take() {
                 return Err(Fault::protocol(format!("{event:?} came unasked")));
             }
@@ -459,9 +511,12 @@ impl Primary {
             total += dirty;
         }
         drop(tracker);
+        // While capture is on, bits stand until the next checkpoint's receipt, long after what they stand for was shipped.
+        let shown: Vec<u64> =
+            each.iter().enumerate().map(|(index, dirty)| self.captured_bytes(index).unwrap_or(dirty * BLOCK_BYTES)).collect();
         self.group.with_live(|live| {
-            for (volume, dirty) in live.volumes.iter_mut().zip(each) {
-                volume.dirty_bytes = Some(dirty * BLOCK_BYTES);
+            for (volume, bytes) in live.volumes.iter_mut().zip(shown) {
+                volume.dirty_bytes = Some(bytes);
             }
         });
         Ok(total)
@@ -512,14 +567,7 @@ impl Primary {
         let position = Position { epoch: self.epoch, generation: tip.0.generation + 1 };
         let dirty_bytes = self.dirty_blocks()? * BLOCK_BYTES;
         let limits = cut::Limits { freeze_deadline: self.agent.settings.freeze_deadline, cut_max_bytes: self.cut_max_bytes };
-        let mut rounds = Rounds {
-            open: false,
-            bound: 0,
-            payload_bytes: 0,
-            sent: Sent::default(),
-            segments: VecDeque::new(),
-            since_segment: 0,
-        };
+        let mut rounds = Rounds::default();
         if dirty_bytes > limits.cut_max_bytes || landing == Landing::Direct {
             self.rounds(wire, &mut rounds, position, landing, dirty_bytes, limits)?;
         }
@@ -546,21 +594,7 @@ impl Primary {
                 }
             }
         };
-        let doubts = self.doubts()?;
-        if let Some(doubt) = doubts.first() {
-            self.bits_count = false;
-            // What was promised rested on bits that are in doubt now: unknown is shown as unknown (S9).
-            self.group.with_live(|live| {
-                live.recoverable_to = Moment(0);
-                live.in_sync = false;
-            });
-            return Err(Fault::new(
-                Code::TrackerDoubt,
-                format!("group {}", self.group.name),
-                doubt.reason.clone(),
-                "both sides are compared in full now; nothing is taken for clean",
-            ));
-        }
+        self.refuse_doubts()?;
         self.group.with_live(|live| {
             live.counters.bytes_read += cut.bytes_read;
             live.counters.bytes_changed += cut.sets.iter().map(BlockSet::count).sum::<u64>() * BLOCK_BYTES;
@@ -593,20 +627,28 @@ impl Primary {
         self.resend(wire, pending, None)
     }
 
+    /// What the tracker doubts is not sent: both sides are compared in full instead.
+    fn refuse_doubts(&mut self) -> Res<()> {
+        let doubts = self.doubts()?;
+        if let Some(doubt) = doubts.first() {
+            self.bits_count = false;
+            // What was promised rested on bits that are in doubt now: unknown is shown as unknown (S9).
+            self.group.with_live(|live| {
+                live.recoverable_to = Moment(0);
+                live.in_sync = false;
+            });
+            return Err(Fault::new(
+                Code::TrackerDoubt,
+                format!("group {}", self.group.name),
+                doubt.reason.clone(),
+                "both sides are compared in full now; nothing is taken for clean",
+            ));
+        }
+        Ok(())
+    }
+
     fn take_cut(&mut self, limits: cut::Limits) -> Res<cut::Attempt> {
-        let sources: Vec<cut::Source<'_>> = self
-            .spec
-            .volumes
-            .iter()
-            .zip(&self.volumes)
-            .map(|(spec, v)| cut::Source {
-                id: spec.id,
-                name: &spec.name,
-                device: v.device.clone(),
-                identity: v.identity.clone(),
-                image: &v.image,
-            })
-            .collect();
+        let sources = continuous::sources(&self.spec.volumes, &self.volumes);
         cut::take(self.agent.tracker_cell()?, self.spec.id, &sources, &mut self.freezer, self.engine.as_mut(), limits)
     }
 
@@ -765,9 +807,24 @@ impl Primary {
 
     /// Reads and sends the taken sets as they are now.
     fn ship_taken(&mut self, wire: &mut Wire, rounds: &mut Rounds, landing: Landing, total: u64) -> Res<()> {
+        self.ship_sets(wire, rounds, landing, total, None)
+    }
+
+    /// Reads and sends sets (by volume; the taken ones where none are given) as they are now.
+    fn ship_sets(
+        &mut self,
+        wire: &mut Wire,
+        rounds: &mut Rounds,
+        landing: Landing,
+        total: u64,
+        sets: Option<&[BlockSet]>,
+    ) -> Res<()> {
         let mut done = 0;
         for index in 0..self.volumes.len() {
-            let taken = self.agent.tracker()?.taken(self.spec.volumes[index].id)?;
+            let taken = match sets {
+                Some(sets) => sets[index].clone(),
+                None => self.agent.tracker()?.taken(self.spec.volumes[index].id)?,
+            };
             let changed = taken.count() * BLOCK_BYTES;
             self.check_room(rounds, changed + changed / BLOCK_BYTES * RECORD_HEADER_BYTES as u64)?;
             let mut encoder = Encoder::default();
@@ -850,6 +907,7 @@ impl Primary {
                     let count = differ.count();
                     self.group.with_live(|live| live.counters.mismatched_blocks += count);
                     self.agent.tracker()?.mark(volume.id, &differ)?;
+                    self.read_again(index, &differ);
                 }
                 start = window.end();
                 self.progress("verifying", (compared + skipped) * BLOCK_BYTES, total * BLOCK_BYTES);
@@ -935,6 +993,7 @@ fn recipes(spec: &GroupSpec) -> Vec<(String, serde_json::Value)> {
 }
 
 /// A transfer with rounds.
+#[derive(Default)]
 struct Rounds {
     open: bool,
     /// Payload announced and sent, in bytes.

@@ -3,7 +3,7 @@
 use crate::format::Message;
 use crate::format::Purpose;
 use crate::format::Standing;
-use crate::link::Channel;
+use crate::link::{Bell, Channel};
 use crate::model::{Code, Fault, GroupId, Res};
 use crate::session::Sender;
 use crate::session::SenderEvent;
@@ -25,9 +25,18 @@ pub struct Wire {
 }
 
 impl Wire {
-    /// Says hello on a fresh channel and waits for the standby's standing.
-    pub fn open(channel: Channel, host: &str, purpose: Purpose, group: GroupId, epoch: u64) -> Res<(Wire, Standing)> {
-        let (sender, hello) = Sender::new(host, purpose, group, epoch);
+    /// Says hello on a fresh channel, to replicate with records of single sectors or without, and waits for the standby's standing.
+    pub fn replicate(channel: Channel, host: &str, group: GroupId, epoch: u64, sectors: bool) -> Res<(Wire, Standing)> {
+        Wire::greet(
+            channel,
+            match sectors {
+                true => Sender::with_sectors(host, group, epoch),
+                false => Sender::new(host, Purpose::Replicate, group, epoch),
+            },
+        )
+    }
+
+    fn greet(channel: Channel, (sender, hello): (Sender, Message)) -> Res<(Wire, Standing)> {
         let now = Instant::now();
         let mut wire = Wire { channel, sender, events: VecDeque::new(), heard: now, pinged: now };
         wire.send(&hello)?;
@@ -72,6 +81,11 @@ impl Wire {
             self.send(&Message::Ping)?;
         }
         Ok(())
+    }
+
+    /// Ends a wait in [`Wire::pump`] from another thread.
+    pub fn bell(&self) -> Bell {
+        self.channel.bell()
     }
 
     /// The next event, if one has come.

@@ -95,14 +95,15 @@ impl Stream {
             counts: StreamCounts::default(),
             plant: StreamPlant::Nothing,
         };
-        stream.read_all_dirty(tracker, sources)?;
+        stream.read_taken(tracker, sources)?;
         Ok(stream)
     }
 
-    /// Everything that is dirty in any region must be read before the next cut: capture does not hold it.
-    fn read_all_dirty(&mut self, tracker: &Mutex<Tracker>, sources: &[Source<'_>]) -> Res<()> {
+    /// What the flip took must be read before the next cut: capture does not hold it. (What is held beside it was shipped by rounds
+    /// of the same generation, or there is none.)
+    fn read_taken(&mut self, tracker: &Mutex<Tracker>, sources: &[Source<'_>]) -> Res<()> {
         for (unread, source) in self.unread.iter_mut().zip(sources) {
-            unread.union(&lock(tracker).dirty(source.id)?);
+            unread.union(&lock(tracker).taken(source.id)?);
         }
         Ok(())
     }
@@ -210,7 +211,8 @@ impl Stream {
         }
     }
 
-    fn must_read(&mut self, index: usize, range: ByteRun) {
+    /// This range of a volume (by index) is read before the next cut.
+    pub fn must_read(&mut self, index: usize, range: ByteRun) {
         insert(&mut self.unread[index], range);
     }
 

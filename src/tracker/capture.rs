@@ -258,6 +258,11 @@ impl Capture {
     pub fn used_bytes(&self) -> u64 {
         self.produced().saturating_sub(self.ring.released())
     }
+    /// Bytes of a volume's data in the ring.
+    pub fn pending_bytes(&self, index: usize) -> u64 {
+        let share = share_in(&self.shares, self.volumes[index].slot);
+        share[0].load(Ordering::Acquire).saturating_sub(share[1].load(Ordering::Acquire))
+    }
     /// Size of the ring in bytes.
     pub fn size_bytes(&self) -> u64 {
         self.ring.size_bytes()

@@ -426,6 +426,15 @@ impl Tracker {
     }
 }
 
+/// Why writes of this device cannot be captured exactly although its bits can be trusted; `None` when they can.
+/// Error: `IDENTITY_CHANGED` when it is gone.
+pub fn capture_excluded(device: &DeviceIdentity) -> Res<Option<String>> {
+    let disk = Disk::find(device.major, device.minor)?;
+    Ok(disk.has_atomic_writes().then(|| {
+        format!("{} takes atomic writes, of which a read beside them may see a part", disk.device())
+    }))
+}
+
 impl Tracker {
     fn grace_period(&self) -> Res<()> {
         grace::wait(&self.kernel)

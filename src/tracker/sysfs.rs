@@ -47,6 +47,10 @@ impl Disk {
     pub(super) fn keeps_account(&self) -> bool {
         self.number("queue/iostats") != Some(0)
     }
+    /// Whether the disk promises that some writes are never torn (RWF_ATOMIC).
+    pub(super) fn has_atomic_writes(&self) -> bool {
+        self.number("queue/atomic_write_max_bytes").is_some_and(|bytes| bytes > 0)
+    }
     /// Refuses a disk whose writes the programs would not all see, each kind with its own sentence.
     pub(super) fn check_trackable(&self) -> Res<()> {
         let refuse = |code, cause: &str, next: &str| Err(Fault::new(code, self.device(), cause, next));

@@ -65,3 +65,23 @@ pub fn differing(engine: &mut dyn Engine, file: &DeviceFile, mine: &BlockSet, fi
     })?;
     Ok(differ)
 }
+
+/// The blocks of `mine` whose digest is not the one that `held` names. A block of which nothing is known is no difference.
+pub fn differing_from(
+    engine: &mut dyn Engine,
+    file: &DeviceFile,
+    mine: &BlockSet,
+    held: &dyn Fn(u64) -> BlockDigest,
+) -> Res<BlockSet> {
+    let mut differ = BlockSet::empty(mine.blocks());
+    reader::read(engine, file, mine, &mut |run, bytes| {
+        for (number, block) in (run.start..).zip(bytes.chunks(BLOCK_BYTES as usize)) {
+            let held = held(number);
+            if held != BlockDigest::UNKNOWN && held != BlockDigest::of(block) {
+                differ.insert(BlockRun { start: number, count: 1 });
+            }
+        }
+        Ok(())
+    })?;
+    Ok(differ)
+}
