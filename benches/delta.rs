@@ -2,7 +2,7 @@
 //! Run with `cargo bench --bench delta`; bytes are plain bytes.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use doublure::delta::{BlockDigest, RECORD_HEADER_BYTES, decode, encode, head, is_zero};
+use doublure::delta::{BlockDigest, RECORD_HEADER_BYTES, decode, encode, encode_sectors, head, is_zero};
 use doublure::model::{BLOCK_BYTES, BlockRun, FileSystem, Uuid, VolumeSpec};
 use std::hint::black_box;
 
@@ -65,6 +65,14 @@ fn records(c: &mut Criterion) {
             });
         }
     }
+    let (plain, mut out) = (text(512), Vec::new());
+    group.throughput(Throughput::Bytes(512));
+    group.bench_function("encode/text/sector", |b| {
+        b.iter(|| {
+            out.clear();
+            encode_sectors(0, 7, black_box(&plain), true, &mut out);
+        });
+    });
     let (zeroes, block) = (vec![0; 1 << 18], noise(BLOCK_BYTES as usize));
     group.throughput(Throughput::Bytes(zeroes.len() as u64));
     group.bench_function("is_zero", |b| b.iter(|| is_zero(black_box(&zeroes))));

@@ -6,7 +6,7 @@
 //!
 //! The order of one apply:
 //! 1. check chain, specification and sizes; nothing was written before a refusal
-//! 2. write every record, in order, straight onto the replicas; the journal's digest is verified on the way
+//! 2. write every record, those of a volume in order, straight onto the replicas; the journal's digest is verified on the way
 //! 3. flush every replica that was written to
 //! 4. commit APPLIED (position, digest, cut instant) to the ledger, which flushes
 //! 5. now, and not before, the caller may let the journal go of it (`Journal::release`)
@@ -101,8 +101,8 @@ fn check_chain(record: &Record, sealed: &Sealed, thing: &str) -> Res<()> {
 /// Writes whole change records straight onto the replicas, for a first sync: not durable before [`flush_replicas`], and nothing
 /// that could be promoted before the ledger says so. Returns the bytes written, zeroes included.
 ///
-/// Errors: `PROTOCOL_ERROR`, `CORRUPT`, `IDENTITY_CHANGED`, `DEVICE_TOO_SMALL`, and those of the device. Records before the one in
-/// error may have been written.
+/// Errors: `PROTOCOL_ERROR`, `CORRUPT`, `IDENTITY_CHANGED`, `DEVICE_TOO_SMALL`, and those of the device. Some of the records may
+/// have been written then.
 pub fn apply_direct(records: &[u8], spec: &GroupSpec, replicas: &[DeviceFile], engine: &mut dyn Engine) -> Res<u64> {
     check_sizes(spec, replicas)?;
     write_records(records, spec, replicas, engine, &mut vec![false; replicas.len()])
