@@ -161,6 +161,12 @@ fn fence(group: &Group) {
     group.with_live(|live| live.state = "fenced: the other side was promoted".into());
 }
 
+impl Drop for Primary {
+    fn drop(&mut self) {
+        self.stop_capturing();
+    }
+}
+
 impl Primary {
     fn open(agent: &Arc<Agent>, group: &Arc<Group>) -> Res<Primary> {
         let record = group.record()?;

@@ -66,6 +66,10 @@ impl Gathered {
     pub(super) fn len(&self) -> usize {
         self.entries.len()
     }
+    /// Names the block of each part.
+    pub(super) fn each_block(&self, sink: &mut dyn FnMut(u16, u64)) {
+        self.entries.iter().for_each(|entry| sink(entry.volume, entry.block));
+    }
     /// Forgets everything; memory is kept for the next cut, within reason.
     pub(super) fn clear(&mut self) {
         self.entries.clear();

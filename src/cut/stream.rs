@@ -135,8 +135,7 @@ impl Stream {
             let wanted_bytes: u64 = self.unread.iter().map(|set| set.count() * BLOCK_BYTES).sum();
             if wanted_bytes > 0 {
                 if self.gathered.arena_bytes() + wanted_bytes > limits.cut_max_bytes {
-                    let fresh = self.unread.iter().map(|set| BlockSet::empty(set.blocks())).collect();
-                    return Ok(Step::Large(std::mem::replace(&mut self.unread, fresh)));
+                    return Ok(Step::Large(self.all_to_read()));
                 }
                 self.read_unread(sources, engine)?;
                 if self.plant != StreamPlant::CutBeforeRead {
@@ -165,6 +164,17 @@ impl Stream {
             format!("after {MOVES} reads there was still something that capture could not copy"),
             "it is tried again by itself; a larger capture_ring or a slower writer helps",
         ))
+    }
+
+    /// Everything that is in hand, as sets to be read. What was gathered must not be laid over a read that comes later: it may be older
+    /// than a hole of the same block. So it is read too, and the ring is empty for what comes meanwhile.
+    fn all_to_read(&mut self) -> Vec<BlockSet> {
+        let Stream { gathered, unread, .. } = self;
+        gathered.each_block(&mut |volume, block| unread[usize::from(volume)].insert(BlockRun { start: block, count: 1 }));
+        gathered.clear();
+        self.capture.release();
+        let fresh = self.unread.iter().map(|set| BlockSet::empty(set.blocks())).collect();
+        std::mem::replace(&mut self.unread, fresh)
     }
 
     /// Takes the records that are there.
