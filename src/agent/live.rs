@@ -70,6 +70,8 @@ pub struct Counters {
     pub checked_blocks: u64,
     /// Written blocks that differed from what was shipped, and were shipped again (pages that changed while they were written).
     pub repaired_blocks: u64,
+    /// How old the standby's copy had become each time that it became newer: the peaks of the RPO.
+    pub lags: Samples,
 }
 
 impl Counters {
@@ -87,6 +89,8 @@ impl Counters {
             "bytes_captured": self.bytes_captured, "holes": self.holes, "capture_missed": self.capture_missed,
             "rounds": self.rounds, "checkpoints": self.checkpoints, "checked_blocks": self.checked_blocks,
             "repaired_blocks": self.repaired_blocks,
+            "lag_p50_ms": self.lags.percentile_ms(50.0), "lag_p99_ms": self.lags.percentile_ms(99.0),
+            "lag_max_ms": self.lags.percentile_ms(100.0),
         })
     }
 }
@@ -150,6 +154,13 @@ impl Live {
         self.clear(fault.code);
         self.faults.push(fault);
     }
+    /// The standby's copy is good up to `at`, as seen at `now`; what it was good for until now was its lag.
+    pub fn recoverable(&mut self, at: Moment, now: Moment) {
+        if self.recoverable_to != Moment(0) && at > self.recoverable_to {
+            self.counters.lags.add(std::time::Duration::from_millis(now.0.saturating_sub(self.recoverable_to.0)));
+        }
+        self.recoverable_to = at;
+    }
     /// A fault of this code stands no longer.
     pub fn clear(&mut self, code: Code) {
         self.faults.retain(|f| f.code != code);
@@ -174,6 +185,15 @@ mod tests {
             samples.add(Duration::from_millis(7));
         }
         assert_eq!(samples.percentile_ms(100.0), json!(7.0));
+    }
+
+    #[test]
+    fn the_lag_is_the_age_that_the_copy_had_reached() {
+        let mut live = Live::default();
+        live.recoverable(Moment(1_000), Moment(1_050));
+        assert_eq!(live.counters.lags.percentile_ms(100.0), Value::Null, "before the first copy there is no lag");
+        live.recoverable(Moment(1_100), Moment(1_180));
+        assert_eq!(live.counters.lags.percentile_ms(100.0), json!(180.0));
     }
 
     #[test]

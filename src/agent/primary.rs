@@ -555,7 +555,7 @@ impl Primary {
     fn good(&mut self, position: Position, at: Moment) {
         self.group.with_live(|live| {
             live.position = position;
-            live.recoverable_to = at;
+            live.recoverable(at, crate::agent::now());
             live.in_sync = true;
             live.state = "replicating".into();
             live.progress = None;
