@@ -52,7 +52,7 @@ fn play(seed: u64, generations: usize) -> (Arc<Journal>, Vec<Generation>) {
                 let seq = journal.submit(0, volume as u32, first, sectors, kind);
                 let mut bytes = vec![0; sectors as usize * SECTOR];
                 if kind == Kind::Direct {
-                    let follows = last.filter(|_| seq % 3 == 0);
+                    let follows = last.filter(|_| seq.is_multiple_of(3));
                     let stamp = Stamp { volume: volume as u32, writer: 0, sector: first, version: seq, seq, follows };
                     pool.fill(&mut bytes, &stamp);
                 }
@@ -328,7 +328,7 @@ fn writers_write_what_they_note() {
     println!("{summary:?}");
     assert!(summary.linked > 10 && summary.zeroed > 0 && summary.discarded > 0, "{summary:?}");
     for (volume, path) in (0..).zip(&paths) {
-        checker.load(volume, path).unwrap();
+        checker.load(volume, path, 0).unwrap();
     }
     let now = journal.now();
     let checked = checker.check(now, now).unwrap_or_else(|v| panic!("{v}"));
@@ -369,9 +369,9 @@ fn a_plain_copy_of_what_is_being_written_is_found() {
     };
     wait(100);
     let t_low = storm.now();
-    checker.load(0, &paths[0]).unwrap();
+    checker.load(0, &paths[0], 0).unwrap();
     wait(storm.writes() + 1000);
-    checker.load(1, &paths[1]).unwrap();
+    checker.load(1, &paths[1], 0).unwrap();
     let violation = checker.check(t_low, storm.now()).expect_err("the second volume is a thousand writes ahead");
     println!("{violation}");
     storm.stop();

@@ -83,7 +83,7 @@ impl Checker {
     /// A checker of volumes (number, bytes) that are all zero, as their replicas are.
     pub fn new(journal: Arc<Journal>, volumes: &[(u32, u64)]) -> Checker {
         let volume = |bytes: u64| {
-            assert!(bytes > 0 && bytes % SECTOR as u64 == 0, "a volume is whole sectors");
+            assert!(bytes > 0 && bytes.is_multiple_of(SECTOR as u64), "a volume is whole sectors");
             let sectors = (bytes / SECTOR as u64) as usize;
             Volume {
                 replica: MmapMut::map_anon(bytes as usize).expect("memory for a replica"),
@@ -142,15 +142,15 @@ impl Checker {
         volume.replica[range].fill(0);
     }
 
-    /// The whole image of a volume from a file, or its beginning if the file is shorter.
-    pub fn load(&mut self, volume: u32, path: &Path) -> std::io::Result<()> {
+    /// The whole image of a volume from a file, which holds it from byte `from` on (as much of it as there is).
+    pub fn load(&mut self, volume: u32, path: &Path, from: u64) -> std::io::Result<()> {
         let file = File::open(path)?;
         let length = self.volume(volume).replica.len() as u64;
         let mut buffer = vec![0; 1 << 20];
         let mut at = 0;
         while at < length {
             let want = buffer.len().min((length - at) as usize);
-            let got = file.read_at(&mut buffer[..want], at)?;
+            let got = file.read_at(&mut buffer[..want], from + at)?;
             if got == 0 {
                 break;
             }
@@ -209,10 +209,9 @@ impl Checker {
             if judged == suspects.len() {
                 break;
             }
-            for at in judged..suspects.len() {
-                let (number, first, count) = suspects[at];
-                for sector in first..first + count {
-                    self.judge(number, sector, t_high)?;
+            for (number, first, count) in &suspects[judged..] {
+                for sector in *first..first + count {
+                    self.judge(*number, sector, t_high)?;
                 }
             }
             judged = suspects.len();
@@ -318,7 +317,7 @@ impl Checker {
         // Not what must be there: by a write that was in flight?
         let mut zeroed_at = None;
         for (seq, (first, count)) in &volume.pending {
-            if *seq + 1 <= needs || !(*first..first + count).contains(&sector) {
+            if *seq < needs || !(*first..first + count).contains(&sector) {
                 continue;
             }
             let Known { op, end } = self.known[*seq as usize].unwrap();

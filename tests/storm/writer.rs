@@ -4,7 +4,7 @@
 use super::Dice;
 use super::checker::Checker;
 use super::journal::{End, Journal, Kind};
-use super::stamp::{Follows, Pool, SECTOR, Stamp};
+use super::stamp::{Follows, Found, Pool, SECTOR, Stamp};
 use io_uring::{IoUring, opcode, types};
 use memmap2::{Advice, MmapMut, MmapOptions};
 use std::fs::{File, OpenOptions};
@@ -31,6 +31,9 @@ pub struct Target {
     pub bytes: u64,
     /// The smallest unit of a direct write, a power of two from 512 to 4096.
     pub unit: u64,
+    /// The backing file may run out of room. A loop device then calls a write that was cut short a success (seen on 6.18), so
+    /// every success is read back from the device before it is noted; one that is not there counts as failed.
+    pub read_back: bool,
     /// A file on a mounted file system: only a sync makes a write durable. Otherwise a completed direct write is.
     pub on_file_system: bool,
     /// One thread for each; their ranges share the target evenly.
@@ -41,7 +44,7 @@ impl Target {
     /// A raw device with writers of all modes.
     pub fn raw(path: &Path, bytes: u64) -> Target {
         let modes = vec![Mode::Direct, Mode::Buffered, Mode::Mapped, Mode::Ring];
-        Target { path: path.into(), bytes, unit: 512, on_file_system: false, modes }
+        Target { path: path.into(), bytes, unit: 512, read_back: false, on_file_system: false, modes }
     }
     /// A file on a mounted file system. It has its full size and its blocks already (a mapped write to a hole kills).
     pub fn file(path: &Path, bytes: u64) -> Target {
@@ -165,7 +168,7 @@ impl Storm {
         let mut used = vec![0; targets.len()];
         let mut range = |at: usize| {
             let target = targets[at].clone();
-            assert!(target.bytes % 4096 == 0, "a target is whole blocks of 4 KiB");
+            assert!(target.bytes.is_multiple_of(4096), "a target is whole blocks of 4 KiB");
             let sectors = target.bytes / shares[at] / 4096 * 8;
             assert!(sectors > 0, "{}: too small for its writers", target.path.display());
             used[at] += 1;
@@ -331,7 +334,18 @@ struct Place {
     block_device: bool,
     /// A completed write is there; else only after a sync.
     at_once: bool,
-    unsynced: Vec<u64>,
+    unsynced: Vec<Made>,
+    /// What reads successes back.
+    proof: Option<File>,
+}
+
+/// A write that was made.
+#[derive(Clone, Copy)]
+struct Made {
+    seq: u64,
+    first: u64,
+    sectors: u64,
+    kind: Kind,
 }
 
 impl Place {
@@ -342,7 +356,25 @@ impl Place {
         let file = file.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         let block_device = file.metadata().unwrap().file_type().is_block_device();
         let at_once = direct && !range.target.on_file_system;
-        Place { range, file, block_device, at_once, unsynced: Vec::new() }
+        let proof = range.target.read_back.then(|| {
+            let file = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path);
+            file.unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+        });
+        Place { range, file, block_device, at_once, unsynced: Vec::new(), proof }
+    }
+
+    /// Whether the write, or one that came later at its place, is what the device holds.
+    fn holds(&self, made: &Made, pool: &Pool) -> bool {
+        let Some(proof) = self.proof.as_ref().filter(|_| made.kind != Kind::Discard) else { return true };
+        let mut memory = Aligned::new((made.sectors as usize * SECTOR).next_multiple_of(4096));
+        let bytes = memory.of(made.sectors as usize * SECTOR);
+        let read = proof.read_exact_at(bytes, made.first * SECTOR as u64);
+        let is_there = |sector: &[u8]| match pool.read(sector) {
+            Found::Stamp(stamp) => stamp.seq >= made.seq,
+            Found::Zero => made.kind == Kind::Zero,
+            Found::Garbage => false,
+        };
+        read.is_ok() && bytes.chunks(SECTOR).all(is_there)
     }
 
     fn write_all(&self, bytes: &[u8], sector: u64) -> io::Result<()> {
@@ -419,18 +451,25 @@ impl Writer {
         Stamp { volume: range.volume, writer: self.id as u32, sector: first, version: self.version, seq, follows }
     }
 
-    fn ended(&self, place: &mut Place, seq: u64, result: &io::Result<()>) {
-        match result {
-            Err(_) => self.shared.journal.end(self.id, &[seq], End::Failed),
-            Ok(()) if place.at_once => self.shared.journal.end(self.id, &[seq], End::There),
-            Ok(()) => place.unsynced.push(seq),
-        }
+    fn ended(&self, place: &mut Place, made: Made, result: &io::Result<()>) {
+        let end = match result {
+            Err(_) => End::Failed,
+            Ok(()) if !place.at_once => return place.unsynced.push(made),
+            Ok(()) if place.holds(&made, &self.pool) => End::There,
+            Ok(()) => End::Failed,
+        };
+        self.shared.journal.end(self.id, &[made.seq], end);
     }
 
     fn sync(&self, place: &mut Place) {
         if !place.unsynced.is_empty() {
-            let end = if place.file.sync_data().is_ok() { End::There } else { End::Failed };
-            self.shared.journal.end(self.id, &std::mem::take(&mut place.unsynced), end);
+            let synced = place.file.sync_data().is_ok();
+            let made = std::mem::take(&mut place.unsynced);
+            let (there, failed): (Vec<Made>, Vec<Made>) = made.iter().partition(|m| synced && place.holds(m, &self.pool));
+            for (made, end) in [(there, End::There), (failed, End::Failed)] {
+                let seqs: Vec<u64> = made.iter().map(|m| m.seq).collect();
+                self.shared.journal.end(self.id, &seqs, end);
+            }
         }
     }
 
@@ -442,7 +481,7 @@ impl Writer {
         let buffer = self.buffer.of(bytes as usize);
         self.pool.fill(buffer, &stamp);
         let result = place.write_all(buffer, first);
-        self.ended(place, seq, &result);
+        self.ended(place, Made { seq, first, sectors, kind }, &result);
         (seq, first)
     }
 
@@ -457,7 +496,7 @@ impl Writer {
                 let kind = if discard { Kind::Discard } else { Kind::Zero };
                 let seq = self.note(&place.range, first, sectors, kind);
                 let result = place.clear(first, sectors, discard);
-                self.ended(&mut place, seq, &result);
+                self.ended(&mut place, Made { seq, first, sectors, kind }, &result);
             } else {
                 self.write(&mut place, bytes, kind, None);
             }
@@ -491,7 +530,7 @@ impl Writer {
             let stamp = self.stamp(&place.range, first, seq, None);
             let at = (first - place.range.first) as usize * SECTOR;
             self.pool.fill(&mut map[at..at + bytes as usize], &stamp);
-            place.unsynced.push(seq);
+            place.unsynced.push(Made { seq, first, sectors, kind: Kind::Cached });
             if self.dice.once_in(40) {
                 self.sync(&mut place);
             }
@@ -567,7 +606,9 @@ impl Writer {
                         continue;
                     }
                     let result = if whole { Ok(()) } else { Err(io::Error::from_raw_os_error(-result)) };
-                    self.ended(&mut place, slot.seq, &result);
+                    let (seq, first) = (slot.seq, slot.first);
+                    let made = Made { seq, first, sectors: u64::from(slot.bytes) / SECTOR as u64, kind: Kind::Direct };
+                    self.ended(&mut place, made, &result);
                     free.push(at);
                     in_flight -= 1;
                 }
