@@ -301,6 +301,38 @@ fn a_torn_sector_is_found() {
     });
 }
 
+#[test]
+fn what_was_there_before_stays_until_it_is_written() {
+    let journal = Arc::new(Journal::new(9, 1));
+    let seq = journal.submit(0, 0, 4, 2, Kind::Zero);
+    let old = [9; 8 * SECTOR];
+    let fresh = || {
+        let mut checker = Checker::new(journal.clone(), &[(0, old.len() as u64)]);
+        checker.base(0, 0, &old);
+        checker
+    };
+    // In flight: there, half there, or not.
+    for zeroed in 0..3u64 {
+        let mut checker = fresh();
+        checker.apply_zero(0, 4 * SECTOR as u64, zeroed * SECTOR as u64);
+        checker.check(0, journal.now()).unwrap();
+    }
+    journal.end(0, &[seq], End::There);
+    let now = journal.now() + 1;
+    for zeroed in 0..3u64 {
+        let mut checker = fresh();
+        checker.apply_zero(0, 4 * SECTOR as u64, zeroed * SECTOR as u64);
+        assert_eq!(checker.check(now, now).is_ok(), zeroed == 2, "{zeroed} of 2 sectors zeroed");
+    }
+    // Elsewhere nothing may change, neither to zeroes nor to anything else.
+    for byte in [0, 7] {
+        let mut checker = fresh();
+        checker.apply(0, 100, &[byte; 3]);
+        checker.apply_zero(0, 0, if byte == 0 { SECTOR as u64 } else { 0 });
+        assert!(checker.check(0, now).is_err(), "{byte}");
+    }
+}
+
 /// Two files that writers take for raw devices: what their page cache shows is what a device would hold.
 fn raw_files(dir: &tempfile::TempDir, bytes: u64) -> [PathBuf; 2] {
     ["a", "b"].map(|name| {

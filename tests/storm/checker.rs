@@ -10,16 +10,20 @@ use super::journal::{End, Journal, Kind, Op};
 use super::stamp::{Follows, Found, Pool, SECTOR};
 use memmap2::MmapMut;
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::{BTreeMap, BinaryHeap, HashSet};
 use std::fmt;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Codes of a sector's content: 0 = zero or as it was before the storm, a sequence + 1, or this.
+/// Codes of a sector's content: a sequence + 1, or one of these.
+const ZERO: u32 = 0;
+/// As it was before the storm, and not zero.
+const BEFORE: u32 = u32::MAX - 1;
 const GARBAGE: u32 = u32::MAX;
-const ORIGINAL: u32 = 0;
+/// No write must be there.
+const NOTHING: u32 = 0;
 
 /// An image that no crash could have left.
 #[derive(Debug)]
@@ -54,6 +58,8 @@ struct Volume {
     marks: Vec<u32>,
     /// Ranges of sectors that changed since the last check.
     changed: Vec<(u64, u64)>,
+    /// Sectors that were not zero before the storm.
+    based: HashSet<u64>,
     /// Noted writes that do not have to be there yet, by sequence.
     pending: BTreeMap<u32, (u64, u64)>,
 }
@@ -87,10 +93,11 @@ impl Checker {
             let sectors = (bytes / SECTOR as u64) as usize;
             Volume {
                 replica: MmapMut::map_anon(bytes as usize).expect("memory for a replica"),
-                holds: vec![ORIGINAL; sectors],
-                needs: vec![ORIGINAL; sectors],
+                holds: vec![ZERO; sectors],
+                needs: vec![NOTHING; sectors],
                 marks: vec![0; sectors],
                 changed: Vec::new(),
+                based: HashSet::new(),
                 pending: BTreeMap::new(),
             }
         };
@@ -107,10 +114,17 @@ impl Checker {
         }
     }
 
-    /// The image as it was before the storm, where it was not zero. Comes before the first `apply`.
+    /// The image as it was before the storm, where it was not zero: whole sectors, before the first `apply`.
     pub fn base(&mut self, volume: u32, offset: u64, bytes: &[u8]) {
-        assert_eq!(self.checks, 0, "the base comes first");
-        self.volume(volume).replica[offset as usize..offset as usize + bytes.len()].copy_from_slice(bytes);
+        assert!(self.checks == 0 && offset.is_multiple_of(SECTOR as u64), "the base comes first, in whole sectors");
+        let volume = self.volume(volume);
+        volume.replica[offset as usize..offset as usize + bytes.len()].copy_from_slice(bytes);
+        for (n, sector) in bytes.chunks(SECTOR).enumerate() {
+            if sector.iter().any(|byte| *byte != 0) {
+                volume.holds[offset as usize / SECTOR + n] = BEFORE;
+                volume.based.insert(offset / SECTOR as u64 + n as u64);
+            }
+        }
     }
 
     fn volume(&mut self, number: u32) -> &mut Volume {
@@ -241,7 +255,7 @@ impl Checker {
             }
             self.report.changed += 1;
             volume.holds[at] = match self.pool.read(&volume.replica[at * SECTOR..][..SECTOR]) {
-                Found::Zero => ORIGINAL,
+                Found::Zero => ZERO,
                 Found::Garbage => GARBAGE,
                 Found::Stamp(stamp) => {
                     let place = format!("volume {number} sector {sector}");
@@ -303,7 +317,13 @@ impl Checker {
     fn judge(&mut self, number: u32, sector: u64, t_high: u64) -> Result<(), Violation> {
         let volume = &self.volumes[&number];
         let (holds, needs) = (volume.holds[sector as usize], volume.needs[sector as usize]);
-        if holds == needs || (holds != GARBAGE && holds > needs) {
+        let legal = match holds {
+            ZERO => needs == NOTHING && !volume.based.contains(&sector),
+            BEFORE => needs == NOTHING,
+            GARBAGE => false,
+            _ => holds >= needs,
+        };
+        if legal {
             return Ok(());
         }
         if self.leaves_anything(needs) {
@@ -311,7 +331,7 @@ impl Checker {
             return Ok(());
         }
         let needed_kind = needs.checked_sub(1).map(|seq| self.known[seq as usize].unwrap().op.kind);
-        if holds == ORIGINAL && needed_kind == Some(Kind::Zero) {
+        if holds == ZERO && needed_kind == Some(Kind::Zero) {
             return Ok(());
         }
         // Not what must be there: by a write that was in flight?
@@ -329,7 +349,7 @@ impl Checker {
                 self.report.undefined += 1;
                 return Ok(());
             }
-            if holds == ORIGINAL && op.kind == Kind::Zero {
+            if holds == ZERO && op.kind == Kind::Zero {
                 zeroed_at = zeroed_at.or(Some(op.submitted));
             }
         }
@@ -338,11 +358,13 @@ impl Checker {
             return Ok(());
         }
         let say = |code: u32| match code {
-            ORIGINAL => "zeroes".to_string(),
+            ZERO => "zeroes".to_string(),
+            BEFORE => "what it held before the storm".to_string(),
             GARBAGE => "a torn or foreign sector".to_string(),
             _ => format!("{:?}", self.known[code as usize - 1].unwrap()),
         };
-        Err(Violation(format!("volume {number} sector {sector} holds {}, but must hold {}", say(holds), say(needs))))
+        let must = if needs == NOTHING { "what it held before the storm".to_string() } else { say(needs) };
+        Err(Violation(format!("volume {number} sector {sector} holds {}, but must hold {must}", say(holds))))
     }
 
     /// The dependency that the sector itself names, without any clock.
@@ -351,8 +373,9 @@ impl Checker {
         self.report.links += 1;
         let (holds, needs) = (volume.holds[follows.sector as usize], volume.needs[follows.sector as usize]);
         // What is not a stamp was judged already: it is legal only if something later made it.
-        let by_stamp = holds != GARBAGE && u64::from(holds) > follows.seq;
-        let judged = (holds == GARBAGE || holds == ORIGINAL) && u64::from(needs) > follows.seq;
+        let stamped = ![ZERO, BEFORE, GARBAGE].contains(&holds);
+        let by_stamp = stamped && u64::from(holds) > follows.seq;
+        let judged = !stamped && u64::from(needs) > follows.seq;
         if by_stamp || judged || self.leaves_anything(needs) {
             return Ok(());
         }

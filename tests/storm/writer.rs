@@ -70,8 +70,10 @@ pub enum Mode {
 /// What the storm is like.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The largest single write, in bytes; such ones are rare. At most 512 MiB and the thread's range.
+    /// The largest single write, in bytes. At most 512 MiB and the thread's range.
     pub largest: usize,
+    /// One write in so many may be that large (and every such one of a direct writer takes memory of its size).
+    pub large_once_in: u64,
     /// The most that io_uring writers have in flight.
     pub depth: usize,
     /// Pairs of targets with a writer that writes to both in turn, each write following the other; and whether through the
@@ -93,6 +95,7 @@ impl Default for Options {
     fn default() -> Options {
         Options {
             largest: 8 << 20,
+            large_once_in: 4000,
             depth: 64,
             chains: vec![],
             zero: true,
@@ -420,11 +423,11 @@ impl Writer {
     /// How many bytes the next write has: mostly few.
     fn size(&mut self, range: &Range) -> u64 {
         let most = (self.shared.options.largest as u64).min(range.sectors * SECTOR as u64).min(512 << 20);
-        let below = match self.dice.below(4000) {
-            0 => most,
-            1..40 => 1 << 20,
-            40..400 => 256 << 10,
-            400..2000 => 64 << 10,
+        let below = match self.dice.below(100) {
+            _ if self.dice.once_in(self.shared.options.large_once_in.max(1)) => most,
+            0 => 1 << 20,
+            1..10 => 256 << 10,
+            10..50 => 64 << 10,
             _ => 4096,
         };
         let unit = range.target.unit;
