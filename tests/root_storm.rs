@@ -10,7 +10,7 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
-use storm::{Checked, Mode, Options, Storm, Target};
+use storm::{Checked, Mode, Options, SECTOR, Storm, Target};
 
 const MIB: u64 = 1 << 20;
 
@@ -218,4 +218,28 @@ fn a_full_disk_leaves_undefined_ranges_and_nothing_else() {
     println!("{checked:?}");
     assert!(checked.undefined > 0, "{checked:?}");
     println!("{} sectors differ in the cache", checker.final_equal(0, &device).unwrap());
+}
+
+#[test]
+#[ignore = "needs root: sudo ./dev check kernel"]
+fn the_largest_writes_are_followed_too() {
+    let mut lab = Lab::new();
+    let bytes = 512 * MIB;
+    let image = lab.image(&lab.dir.path().join("image"), bytes);
+    let device = lab.attach(&image, 0, bytes);
+    let options = Options { largest: 512 << 20, large_once_in: 1, ..Options::default() };
+    let storm = Storm::start(14, vec![Target { modes: vec![Mode::Direct], ..Target::raw(&device, bytes) }], options);
+    let mut checker = storm.checker();
+    wait(&storm, 8);
+    let journal = storm.journal();
+    let summary = storm.stop();
+    println!("{summary:?}");
+    assert!(summary.bytes > 512 * MIB && summary.failed == 0, "{summary:?}");
+    checker.load(0, &device, 0).unwrap();
+    let checked = checker.check(journal.now(), journal.now()).unwrap_or_else(|v| panic!("{v}"));
+    println!("{checked:?}");
+    assert_eq!(checker.final_equal(0, &device).unwrap(), 0);
+    // One sector in the middle is enough.
+    checker.apply(0, bytes / 2, &[1; SECTOR]);
+    assert!(checker.check(journal.now(), journal.now()).is_err());
 }
