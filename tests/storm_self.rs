@@ -352,10 +352,21 @@ fn writers_write_what_they_note() {
     let options = Options { chains: vec![(0, 1, false), (1, 0, true)], depth: 512, ..Options::default() };
     let storm = Storm::start(5, targets, options);
     let mut checker = storm.checker();
-    while storm.writes() < 20_000 && !storm.broken() {
+    let journal = storm.journal();
+    // Until every thread has done something of all that it does, however slow the disk is.
+    let enough = || {
+        let (mut zero, mut discard) = (0, 0);
+        let busy = (0..journal.threads()).all(|thread| {
+            let shard = journal.shard(thread);
+            zero += shard.ops.iter().filter(|op| op.kind == Kind::Zero).count();
+            discard += shard.ops.iter().filter(|op| op.kind == Kind::Discard).count();
+            shard.ops.len() > 40
+        });
+        busy && zero > 4 && discard > 4
+    };
+    while !(enough() || storm.broken()) {
         std::thread::sleep(Duration::from_millis(20));
     }
-    let journal = storm.journal();
     let summary = storm.stop();
     println!("{summary:?}");
     assert!(summary.linked > 10 && summary.zeroed > 0 && summary.discarded > 0, "{summary:?}");
