@@ -16,7 +16,7 @@ def rounds(lab, device, rounds_of):
     """Seconds and ratios of several cycles."""
     seconds, ratios, sent = [], [], []
     for number in range(ROUNDS):
-        rig.fio(lab, device, "--rw=randwrite", "--bs=4k", "--iodepth=32", f"--io_size={CHANGED}", f"--size={rounds_of}",
+        rig.fio(lab, device, "--direct=1", "--rw=randwrite", "--bs=4k", "--iodepth=32", f"--io_size={CHANGED}", f"--size={rounds_of}",
                 "--buffer_compress_percentage=50", "--refill_buffers", f"--randseed={1000 + number}")
         before = rig.group(lab)["counters"]
         _, took = rig.verb(lab, "alpha", "sync", rig.GROUP, "--wait")
@@ -34,12 +34,12 @@ def rounds(lab, device, rounds_of):
 def work():
     full = (1 if "--quick" in sys.argv else 8) << 30
     figures = {}
-    with rig.pair('interval = "1h"\n') as lab:
+    with rig.pair('mode = "interval"\ninterval = "1h"\n') as lab:
         for name, size in (("full", full), ("sparse", 1 << 40)):
             rig.say(f"  {name}: {size >> 30} GiB")
             _, device, _ = rig.volume(lab, name, str(size))
             if name == "full":
-                rig.fio(lab, device, "--rw=write", "--bs=1M", "--iodepth=8", f"--size={size}", "--buffer_compress_percentage=50", "--refill_buffers")
+                rig.fio(lab, device, "--direct=1", "--rw=write", "--bs=1M", "--iodepth=8", f"--size={size}", "--buffer_compress_percentage=50", "--refill_buffers")
             rig.GROUP = name
             rig.verb(lab, "alpha", "protect", name, "--volume", name, "--peer", "beta")
             rig.synced(lab)

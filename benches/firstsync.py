@@ -15,11 +15,11 @@ ROUNDS = 3
 def work():
     size = (1 if "--quick" in sys.argv else 4) << 30
     syncs, copies = [], []
-    with rig.pair('interval = "1h"\n') as lab:
+    with rig.pair('mode = "interval"\ninterval = "1h"\n') as lab:
         for number in range(ROUNDS):
             name = f"v{number}"
             _, device, image = rig.volume(lab, name, str(size))
-            rig.fio(lab, device, "--rw=write", "--bs=1M", "--iodepth=8", f"--size={size}", "--buffer_compress_percentage=50", "--refill_buffers")
+            rig.fio(lab, device, "--direct=1", "--rw=write", "--bs=1M", "--iodepth=8", f"--size={size}", "--buffer_compress_percentage=50", "--refill_buffers")
             copy = os.path.join(os.path.dirname(image), "copy.img")
             began = time.monotonic()
             lab.exec("alpha", ["dd", f"if={image}", f"of={copy}", "bs=1M", "iflag=direct", "oflag=direct", "conv=fsync", "status=none"], timeout=600)

@@ -77,7 +77,7 @@ def synced(lab, patience=900):
 def fio(lab, path, *options, host="alpha"):
     """One fio job in a host, as fio's own JSON."""
     done = lab.exec(host, ["fio", "--output-format=json", "--name=job", f"--filename={path}", "--ioengine=io_uring",
-                           "--direct=1", "--allow_file_create=1", *options], timeout=900)
+                           "--allow_file_create=1", *options], timeout=900)
     return json.loads(done.stdout[done.stdout.index("{"):])["jobs"][0]
 
 

@@ -154,10 +154,12 @@ impl Live {
         self.clear(fault.code);
         self.faults.push(fault);
     }
-    /// The standby's copy is good up to `at`, as seen at `now`; what it was good for until now was its lag.
-    pub fn recoverable(&mut self, at: Moment, now: Moment) {
-        if self.recoverable_to != Moment(0) && at > self.recoverable_to {
-            self.counters.lags.add(std::time::Duration::from_millis(now.0.saturating_sub(self.recoverable_to.0)));
+    /// The standby's copy is good up to `at` now. Where it became newer by a generation, the age that it had reached is a sample of the
+    /// lag: counted from what it was good for before, or from `woken`, the first write after a rest, if that is later.
+    pub fn recoverable(&mut self, at: Moment, now: Moment, generation: Option<Moment>) {
+        if let Some(woken) = generation.filter(|_| self.recoverable_to != Moment(0)) {
+            let since = now.0.saturating_sub(self.recoverable_to.0.max(woken.0));
+            self.counters.lags.add(std::time::Duration::from_millis(since));
         }
         self.recoverable_to = at;
     }
@@ -190,10 +192,14 @@ mod tests {
     #[test]
     fn the_lag_is_the_age_that_the_copy_had_reached() {
         let mut live = Live::default();
-        live.recoverable(Moment(1_000), Moment(1_050));
+        live.recoverable(Moment(1_000), Moment(1_050), Some(Moment(0)));
         assert_eq!(live.counters.lags.percentile_ms(100.0), Value::Null, "before the first copy there is no lag");
-        live.recoverable(Moment(1_100), Moment(1_180));
+        live.recoverable(Moment(1_100), Moment(1_180), Some(Moment(0)));
         assert_eq!(live.counters.lags.percentile_ms(100.0), json!(180.0));
+        live.recoverable(Moment(5_000), Moment(5_001), None);
+        assert_eq!(live.counters.lags.percentile_ms(100.0), json!(180.0), "where nothing was written nothing lags");
+        live.recoverable(Moment(9_950), Moment(9_990), Some(Moment(9_900)));
+        assert_eq!(live.counters.lags.percentile_ms(0.0), json!(90.0), "a rest is no lag");
     }
 
     #[test]

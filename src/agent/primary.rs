@@ -94,6 +94,8 @@ struct Primary {
     scrubbed: Vec<u64>,
     /// Nothing was written at the last look: the next write ends the rest.
     asleep: bool,
+    /// When the first write after a rest was seen.
+    woken: Moment,
 }
 
 /// Why the loop ended without a fault.
@@ -246,6 +248,7 @@ impl Primary {
             thrift: Thrift::default(),
             scrubbed: vec![0; group.record()?.spec.volumes.len()],
             asleep: false,
+            woken: Moment(0),
         })
     }
 
@@ -499,6 +502,7 @@ impl Primary {
             if self.asleep && self.captured_nothing() == Some(false) {
                 // The write's neighbours go with it: what an application does comes in bursts.
                 self.asleep = false;
+                self.woken = crate::agent::now();
                 next = next.min(Instant::now() + self.agent.settings.interval);
             }
             if let Some(event) = wire.take() {
@@ -553,9 +557,10 @@ impl Primary {
 
     /// The standby holds everything up to `at`.
     fn good(&mut self, position: Position, at: Moment) {
+        let generation = self.group.with_live(|live| live.position != position).then_some(self.woken);
         self.group.with_live(|live| {
             live.position = position;
-            live.recoverable(at, crate::agent::now());
+            live.recoverable(at, crate::agent::now(), generation);
             live.in_sync = true;
             live.state = "replicating".into();
             live.progress = None;
