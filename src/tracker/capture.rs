@@ -55,6 +55,16 @@ pub enum Plant {
 
 fn refused(cause: &str, error: &libbpf_rs::Error) -> Fault {
     let fault = fault_of("capture", error);
+    // "none integrity [confidentiality]": the one in brackets is in force.
+    let lockdown = fs::read_to_string("/sys/kernel/security/lockdown").unwrap_or_default();
+    if lockdown.contains("[confidentiality]") {
+        return Fault::new(
+            Code::KernelUnsupported,
+            "capture",
+            "this kernel is locked down for confidentiality, which forbids programs to read memory",
+            "cuts are made with a freeze instead; boot with lockdown=integrity to have them without",
+        );
+    }
     Fault { cause: format!("{cause}: {}", fault.cause), next: "cuts are made with a freeze instead".into(), ..fault }
 }
 
