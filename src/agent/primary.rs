@@ -32,7 +32,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use continuous::HEARTBEAT;
+use continuous::{HEARTBEAT, RING_LOOK};
 
 const RETRY_FIRST: Duration = Duration::from_millis(250);
 const RETRY_MAX: Duration = Duration::from_secs(5);
@@ -498,7 +498,11 @@ impl Primary {
                 self.watch(wire);
             }
             // Commands and, in its sleep, the first write ring the bell.
-            wire.pump(left.min(HEARTBEAT))?;
+            let awake = self.capturing.is_some() && !self.asleep;
+            wire.pump(left.min(if awake { RING_LOOK } else { HEARTBEAT }))?;
+            if awake && self.ring_fills() {
+                next = Instant::now();
+            }
             if self.asleep && self.captured_nothing() == Some(false) {
                 // The write's neighbours go with it: what an application does comes in bursts.
                 self.asleep = false;

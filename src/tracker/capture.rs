@@ -347,7 +347,7 @@ impl Capture {
                     len: flight.sectors << 9,
                 };
                 let ranges: Vec<ByteRun> = flights_in(self.flights.all(), side.slot).iter().map(sectors).collect();
-                tracing::info!(volume = %side.id, sectors = unseen, ranges = ranges.len(), "completions were not seen: their blocks are read");
+                tracing::debug!(volume = %side.id, sectors = unseen, ranges = ranges.len(), "completions were not seen: their blocks are read");
                 missed.push((index, Missed::Ranges(ranges)));
             }
         }

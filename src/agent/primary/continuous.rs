@@ -17,6 +17,10 @@ use std::time::{Duration, Instant};
 pub(super) const HEARTBEAT: Duration = Duration::from_secs(1);
 /// A group that was not written for so long gives the memory of its ring back.
 const RING_KEPT: Duration = Duration::from_secs(120);
+/// A generation is made early when the ring is full to one part in so many.
+const RING_FULL_PARTS: u64 = 4;
+/// How often an active group looks whether its ring fills.
+pub(super) const RING_LOOK: Duration = Duration::from_millis(20);
 /// The ring of a group in interval mode, made anew for each cut.
 const INTERVAL_RING_BYTES: u64 = 16 << 20;
 /// Blocks compared between two generations (16 MiB), so that a check never delays one for long.
@@ -76,6 +80,12 @@ impl Primary {
     /// Whether nothing was written since the last generation, as far as the ring tells; `None` when capture is off.
     pub(super) fn captured_nothing(&self) -> Option<bool> {
         self.capturing.as_ref().map(|capturing| capturing.stream.is_empty())
+    }
+
+    /// Whether so much was captured that it is better shipped now than at the interval's end.
+    pub(super) fn ring_fills(&self) -> bool {
+        let fills = |c: &Capturing| c.stream.capture().used_bytes() * RING_FULL_PARTS > c.stream.capture().size_bytes();
+        self.capturing.as_ref().is_some_and(fills)
     }
 
     /// Arms the watch that ends an idle group's sleep at its first write.
