@@ -1,6 +1,6 @@
 //! Apply against a plain array of bytes, on disks in memory and on files, and with the power cut at every operation.
 
-use doublure::apply::{Applied, apply, apply_direct, flush_replicas};
+use doublure::apply::{Applied, apply, apply_together, apply_direct, flush_replicas};
 use doublure::delta::{encode, encode_sectors};
 use doublure::device::double::RamDisk;
 use doublure::device::{DeviceFile, Engine, RUN_BYTES_MAX, engine};
@@ -138,6 +138,11 @@ impl Standby {
         let mut engine = engine(EngineKind::Pread, 4)?;
         apply(&self.journal, sealed, &spec(), &replicas, &mut *engine, &mut self.ledger)
     }
+    fn apply_together(&mut self, sealed: &[Sealed]) -> Res<Applied> {
+        let replicas = self.replicas();
+        let mut engine = engine(EngineKind::Pread, 4)?;
+        apply_together(&self.journal, sealed, &spec(), &replicas, &mut *engine, &mut self.ledger)
+    }
     fn bytes(&self) -> [Vec<u8>; 2] {
         self.disks.each_ref().map(|disk| disk.bytes())
     }
@@ -176,6 +181,35 @@ proptest! {
             // Again is already so.
             standby.apply(&sealed).unwrap();
             standby.journal.release(applied.position()).unwrap();
+        }
+    }
+
+    /// Several in a row, broken off anywhere, and again from where the ledger stands: one by one or together.
+    #[test]
+    fn generations_applied_together_are_what_they_are_one_by_one(
+        generations in prop::collection::vec(changes(10), 2..5), align in prop::sample::select(&ALIGNS), nth in 1u64..30, disk in 0usize..2,
+        seed: u64, singly: bool,
+    ) {
+        let mut standby = Standby::new(align);
+        let mut plain = blank();
+        let sealed: Vec<Sealed> = generations.iter().map(|changes| standby.seal(&payload(changes, &mut plain))).collect();
+        standby.disks[disk].fail_nth(nth, 5);
+        let mut dice = Dice::new(seed);
+        if standby.apply_together(&sealed).is_err() {
+            standby.disks.iter().for_each(|disk| disk.cut_power(&mut |_| dice.roll() & 1 == 1));
+            prop_assert_eq!(standby.ledger.record().unwrap().applied, Position::default(), "nothing is called applied before all of it is");
+        }
+        standby.disks[disk].fail_nth(u64::MAX, 5);
+        match singly && standby.ledger.record().unwrap().applied == Position::default() {
+            true => sealed.iter().for_each(|one| drop(standby.apply(one).unwrap())),
+            false => drop(standby.apply_together(&sealed).unwrap()),
+        }
+        prop_assert!(standby.bytes() == plain);
+        prop_assert_eq!(standby.ledger.record().unwrap().applied, sealed.last().unwrap().position());
+        let mut gap = vec![sealed[0].clone()];
+        gap.extend_from_slice(&sealed[2..]);
+        if gap.len() > 1 {
+            prop_assert!(Standby::new(align).apply_together(&gap).is_err(), "a gap is refused");
         }
     }
 

@@ -132,6 +132,8 @@ pub struct Live {
     pub in_sync: bool,
     /// The last position that the standby holds.
     pub position: Position,
+    /// The last position that is on the replica itself (standby only); what lies between is in the journal.
+    pub applied: Position,
     /// When the cut of `position` began (or a later instant at which nothing had changed since); 0 = unknown.
     pub recoverable_to: Moment,
     /// Volumes in the order of the group.

@@ -20,11 +20,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::RecvTimeoutError;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Silence after which a connection is taken for dead. Long, because a primary says nothing while it syncs a file system or looks for
 /// holes; a host that is gone is found by the link within seconds, and a newer connection takes the place of this one anyway.
 const SILENCE_MAX: Duration = Duration::from_secs(300);
+/// What is committed is applied at the latest after so long,
+const APPLY_EVERY: Duration = Duration::from_secs(1);
+/// or when so many bytes of payload wait (less with a small journal).
+const APPLY_BYTES: u64 = 32 << 20;
 /// So often a primary that waits for long work of ours hears that we live.
 const PULSE: Duration = Duration::from_secs(5);
 
@@ -58,6 +62,8 @@ pub struct Standby {
     open: Option<OpenTransfer>,
     landing: Landing,
     spec: GroupSpec,
+    /// When what is sealed must be applied at the latest.
+    apply_due: Option<Instant>,
 }
 
 impl Standby {
@@ -97,6 +103,7 @@ impl Standby {
             open: None,
             landing: Landing::Journal,
             spec: record.spec.clone(),
+            apply_due: None,
         };
         if let Some(fault) = standby.gap(&record) {
             standby.give_up_lost(group, record.role, fault)?;
@@ -107,6 +114,7 @@ impl Standby {
             standby.give_up_lost(group, record.role, fault)?;
         }
         let engine = standby.engine.name().to_string();
+        let applied = group.record()?.applied;
         group.with_live(|live| {
             live.engine = engine;
             live.volumes = vec![Default::default(); record.spec.volumes.len()];
@@ -114,6 +122,7 @@ impl Standby {
                 volume.device = device.path.display().to_string();
             }
             live.state = "standby".into();
+            live.applied = applied;
         });
         Ok(standby)
     }
@@ -173,20 +182,32 @@ impl Standby {
 
     /// Applies what is committed, oldest first, and lets the journal forget it.
     pub fn apply_sealed(&mut self, group: &Group) -> Res<()> {
-        while let Some(sealed) = self.sealed.first().cloned() {
-            let mut ledger = group.ledger();
-            let spec = ledger.record().ok_or_else(|| Fault::internal("the ledger", "it is empty"))?.spec.clone();
-            apply::apply(&self.journal, &sealed, &spec, &self.replicas, self.engine.as_mut(), &mut ledger)?;
-            drop(ledger);
-            self.journal.release(sealed.position())?;
-            self.sealed.remove(0);
-            group.with_live(|live| {
-                live.position = sealed.position();
-                live.recoverable_to = live.recoverable_to.max(sealed.cut_at());
-                live.counters.bytes_written += sealed.payload_bytes();
-            });
-        }
+        let Some(last) = self.sealed.last().cloned() else { return Ok(()) };
+        let mut ledger = group.ledger();
+        let spec = ledger.record().ok_or_else(|| Fault::internal("the ledger", "it is empty"))?.spec.clone();
+        apply::apply_together(&self.journal, &self.sealed, &spec, &self.replicas, self.engine.as_mut(), &mut ledger)?;
+        drop(ledger);
+        self.journal.release(last.position())?;
+        let payload_bytes: u64 = self.sealed.drain(..).map(|one| one.payload_bytes()).sum();
+        group.with_live(|live| {
+            live.position = last.position();
+            live.applied = last.position();
+            live.recoverable_to = live.recoverable_to.max(last.cut_at());
+            live.counters.bytes_written += payload_bytes;
+        });
+        self.apply_due = None;
         Ok(())
+    }
+
+    /// Applies what is committed when it has waited long enough or become large. What is sealed is safe either way; several
+    /// generations together cost one flush and one word in the ledger, and a promote has at most this much to finish.
+    fn apply_when_due(&mut self, group: &Group) -> Res<()> {
+        let waiting_bytes: u64 = self.sealed.iter().map(Sealed::payload_bytes).sum();
+        let due = *self.apply_due.get_or_insert_with(|| Instant::now() + APPLY_EVERY);
+        match Instant::now() >= due || waiting_bytes >= APPLY_BYTES.min(self.journal.fill().1 / 4) {
+            true => self.apply_sealed(group),
+            false => Ok(()),
+        }
     }
 
     fn standing(&self, record: &Record) -> Standing {
@@ -429,6 +450,10 @@ fn converse(agent: &Arc<Agent>, group: &Arc<Group>, channel: &mut Channel, recei
                 return Err(superseded());
             }
             let Some(message) = message else {
+                // The primary is silent: what waits to be applied need not wait longer.
+                if let Some(standby) = lock(&group.standby).as_mut().filter(|_| is_standby(group)) {
+                    standby.apply_sealed(group)?;
+                }
                 silent += step;
                 if silent > SILENCE_MAX {
                     let next = "it connects again by itself";
@@ -451,10 +476,19 @@ fn converse(agent: &Arc<Agent>, group: &Arc<Group>, channel: &mut Channel, recei
         }
         // A journalled generation that was broken off is kept: its beginning need not be sent again.
         if let Some(standby) = &mut *guard {
+            if is_standby(group)
+                && let Err(fault) = standby.apply_sealed(group)
+            {
+                tracing::error!(group = %group.name, "{fault}");
+            }
             standby.open = std::mem::replace(receiver, Receiver::new(&agent.settings.host)).into_open();
         }
     }
     outcome
+}
+
+fn is_standby(group: &Group) -> bool {
+    group.ledger().record().is_some_and(|record| record.role == Role::Standby)
 }
 
 /// Does long work while the peer hears from us: reading back and applying what a long outage left takes minutes, and a primary that
@@ -505,6 +539,7 @@ fn act(
             standby.landing = landing;
             match landing {
                 Landing::Direct => {
+                    standby.apply_sealed(group)?;
                     let free = host::free_bytes(&agent.settings.volume_dir)?;
                     if payload_max_bytes / 8 > free {
                         tracing::warn!(group = %group.name, free, payload_max_bytes, "the first sync may not fit");
@@ -552,6 +587,7 @@ fn act(
                     standby.journal = journal;
                     standby.sealed = sealed;
                     standby.landing = Landing::Journal;
+                    group.with_live(|live| live.applied = position);
                     receiver.committed(&applied)
                 }
                 Landing::Journal => {
@@ -579,10 +615,11 @@ fn act(
                 live.in_sync = true;
                 live.state = "standby".into();
             });
-            alive(channel, || standby.apply_sealed(group))?;
+            alive(channel, || standby.apply_when_due(group))?;
             sent
         }
         ReceiverAction::Unchanged { at } => {
+            alive(channel, || standby.apply_when_due(group))?;
             group.with_live(|live| live.recoverable_to = live.recoverable_to.max(at));
             Ok(())
         }
@@ -602,6 +639,9 @@ fn act(
             if start.checked_add(count).is_none_or(|end| end > blocks) {
                 return Err(Fault::protocol(format!("blocks {start}+{count} are past the volume's {blocks}")));
             }
+            // What it stands for is what was acknowledged, not what happens to be applied.
+            alive(channel, || standby.apply_sealed(group))?;
+            let replica = &standby.replicas[index];
             verify::digests(standby.engine.as_mut(), replica, BlockRun { start, count }, &mut |start, digests| {
                 channel.send(&Message::Digests { volume, start, digests })
             })?;

@@ -72,6 +72,7 @@ fn row(group: &Group) -> Value {
         "role": record.role,
         "epoch": record.epoch,
         "generation": live.position.generation,
+        "applied_generation": (record.role != Role::Primary).then_some(live.applied.generation),
         "recoverable_to": recoverable.and_then(crate::control::rfc3339),
         "recoverable_to_ms": recoverable.map(|at| at.0),
         "rpo_seconds": recoverable.map(|at| now.0.saturating_sub(at.0) as f64 / 1000.0),

@@ -4,7 +4,7 @@
 //! Never needs the network or the primary; never lets go of the journal itself.
 //! Assumes the replicas are held exclusively, and the notes headed D in `kernel-notes.md`.
 //!
-//! The order of one apply:
+//! The order of one apply, of one generation or of several in a row:
 //! 1. check chain, specification and sizes; nothing was written before a refusal
 //! 2. write every record, those of a volume in order, straight onto the replicas; the journal's digest is verified on the way
 //! 3. flush every replica that was written to
@@ -55,8 +55,22 @@ pub fn apply(
     engine: &mut dyn Engine,
     ledger: &mut Ledger,
 ) -> Res<Applied> {
+    apply_together(journal, std::slice::from_ref(sealed), spec, replicas, engine, ledger)
+}
+
+/// The same for several that follow one another, oldest first, with one flush and one word in the ledger for all: a crash before that
+/// word leaves what a crash within one leaves, and all of them are applied again. Those that are applied already are passed over.
+pub fn apply_together(
+    journal: &Journal,
+    sealed: &[Sealed],
+    spec: &GroupSpec,
+    replicas: &[DeviceFile],
+    engine: &mut dyn Engine,
+    ledger: &mut Ledger,
+) -> Res<Applied> {
     // 1
-    let (position, digest) = (sealed.position(), sealed.digest());
+    let Some(last) = sealed.last() else { return Err(Fault::internal("an apply", "nothing was given to it")) };
+    let (position, digest) = (last.position(), last.digest());
     let thing = format!("generation {position} of group {}", spec.name);
     let Some(record) = ledger.record() else {
         return Err(Fault::new(Code::ChainBroken, thing, "the ledger holds nothing yet", "define the group first"));
@@ -64,7 +78,15 @@ pub fn apply(
     if (record.applied, record.applied_digest) == (position, digest) {
         return Ok(Applied { position, digest, _private: () });
     }
-    check_chain(record, sealed, &thing)?;
+    let due = match sealed.iter().position(|one| (one.position(), one.digest()) == (record.applied, record.applied_digest)) {
+        Some(applied) => &sealed[applied + 1..],
+        None => sealed,
+    };
+    let mut parent = (record.applied, record.applied_digest);
+    for one in due {
+        check_chain(record, parent, one, &thing)?;
+        parent = (one.position(), one.digest());
+    }
     if record.spec.id != spec.id {
         let cause = format!("the ledger is that of group {}", record.spec.id);
         return Err(Fault::new(Code::IdentityChanged, thing, cause, "open the ledger of this group"));
@@ -72,7 +94,9 @@ pub fn apply(
     check_sizes(spec, replicas)?;
     // 2
     let mut touched = vec![false; replicas.len()];
-    journal.read(sealed, &mut |records| write_records(records, spec, replicas, engine, &mut touched).map(|_| ()))?;
+    for one in due {
+        journal.read(one, &mut |records| write_records(records, spec, replicas, engine, &mut touched).map(|_| ()))?;
+    }
     // 3
     for (replica, _) in replicas.iter().zip(&touched).filter(|(_, touched)| **touched) {
         replica.flush()?;
@@ -80,20 +104,20 @@ pub fn apply(
     // 4
     ledger.commit(&mut |record| {
         let Some(record) = record else { return Err(Fault::internal("the ledger", "its record went away during apply")) };
-        (record.applied, record.applied_digest, record.applied_cut_at) = (position, digest, sealed.cut_at());
+        (record.applied, record.applied_digest, record.applied_cut_at) = (position, digest, last.cut_at());
         if record.committed < position {
-            (record.committed, record.committed_digest, record.committed_cut_at) = (position, digest, sealed.cut_at());
+            (record.committed, record.committed_digest, record.committed_cut_at) = (position, digest, last.cut_at());
         }
         Ok(())
     })?;
     Ok(Applied { position, digest, _private: () })
 }
 
-fn check_chain(record: &Record, sealed: &Sealed, thing: &str) -> Res<()> {
-    let cause = match (record.applied, record.applied_digest) == sealed.parent() {
+fn check_chain(record: &Record, stands_at: (Position, Digest), sealed: &Sealed, thing: &str) -> Res<()> {
+    let cause = match stands_at == sealed.parent() {
         true if !record.syncing => return Ok(()),
         true => "a direct sync of this replica has begun and not ended".to_string(),
-        false => format!("it follows {} and the replica stands at {}", sealed.parent().0, record.applied),
+        false => format!("it follows {} and the replica stands at {}", sealed.parent().0, stands_at.0),
     };
     Err(Fault::new(Code::ChainBroken, thing, cause, "compare the volumes in full: run `doublure sync`"))
 }

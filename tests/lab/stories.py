@@ -128,7 +128,7 @@ class Tale:
 
         def applied():
             row = self.group("beta")
-            return row["generation"] == tip and row["state"] == "standby"
+            return row["applied_generation"] == tip and row["state"] == "standby"
         wait_for("the last apply", 60, applied, 0.1)
         mine, theirs = self.paths("alpha"), self.paths("beta")
         for name, (_, size) in VOLUMES.items():
@@ -272,7 +272,7 @@ def stamped_writer(tale, rounds):
         # What the standby has committed by now, it applies without the network.
         def still(was=[None]):
             row = tale.group("beta")
-            now, was[0] = (row["generation"], row["counters"]["bytes_written"]), was[0]
+            now, was[0] = (row["generation"], row["applied_generation"], row["counters"]["bytes_written"]), was[0]
             same, was[0] = was[0] == now, now
             return same
         wait_for("a standby at rest", 60, still, 0.7)
