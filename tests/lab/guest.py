@@ -48,14 +48,17 @@ DEFAULT = ("root_tracker",)
 LEFT_OUT = {}
 SUITES = ("bookworm", "trixie", "trixie-backports", "sid")
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
+# Busybox fills in for the many small ones; its own shell would prefer its losetup and mount to the real ones.
 # What the tests and a person at a guest call; where this machine lacks one, the guest lacks it.
-NEEDED = ("busybox", "losetup", "mount", "umount", "mkfs.ext4", "mkfs.xfs", "blkdiscard", "fsfreeze", "fstrim", "partx", "addpart",
+NEEDED = ("sh", "busybox", "losetup", "mount", "umount", "mkfs.ext4", "mkfs.xfs", "blkdiscard", "fsfreeze", "fstrim", "partx", "addpart",
           "delpart", "mknod", "dd", "sync", "fio", "modprobe", "blockdev", "stat", "cp")
 WELCOME = ("mkfs.btrfs", "btrfs", "xfs_repair", "xfs_io", "e2fsck", "dmsetup", "lvm", "bpftool", "strace", "findmnt", "lsblk", "blkid",
            "wipefs", "setpriv", "bash")
 # The rest comes by itself when it is mounted.
 MODULES = ("loop", "zram")
 # The verdict stands at the line's end, after what a test's children wrote past libtest.
+# A guest comes up in 3 to 10 s. One that did not in this time hangs (seen once in some 40 boots): it is started again.
+UP_SECONDS, BOOTS = 120, 3
 TEST_LINE = re.compile(r"^test (\S+) \.\.\. (?:.*\W)?(ok|FAILED)$")
 
 
@@ -189,7 +192,7 @@ class Kernels:
 
 # ---- the root file system -----------------------------------------------------------------------------------------------
 
-INIT = """#!/bin/busybox sh
+INIT = """#!/bin/sh
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/guest/applets HOME=/root LC_ALL=C.UTF-8
 /bin/busybox mkdir -p /guest/applets /run /tmp
 /bin/busybox --install -s /guest/applets
@@ -252,7 +255,6 @@ def make_root(directory, kernel, files, script, nonce):
         put(source, root, target)
         for library in libraries(source):
             put(library, root, library)
-    os.symlink("busybox", os.path.join(root, "usr/bin/sh"))
     release = os.path.basename(kernel)
     os.makedirs(os.path.join(root, "usr/lib/modules"), exist_ok=True)
     shutil.copytree(os.path.join(kernel, "lib/modules", release), os.path.join(root, "usr/lib/modules", release), symlinks=True,
@@ -278,33 +280,64 @@ def die_with_parent():
     ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
 
 
+def held(path):
+    """Whether a living process holds the directory of a boot."""
+    try:
+        with open(os.path.join(path, "lock"), "r", encoding="ascii") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 @contextlib.contextmanager
 def scratch(lab_dir):
-    """A directory for one boot. A lock on it lives as long as this process; directories without one are leftovers."""
+    """A directory for one boot. A lock in it lives as long as this process; directories that nobody holds are leftovers."""
     base = os.path.join(lab_dir, "boots")
     os.makedirs(base, exist_ok=True)
-    for name in os.listdir(base):
-        with contextlib.suppress(OSError), open(os.path.join(base, name, "lock"), "w", encoding="ascii") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(os.path.join(base, name), ignore_errors=True)
-    directory = tempfile.mkdtemp(prefix="boot.", dir=base)
+    with open(os.path.join(lab_dir, ".lock"), "w", encoding="ascii") as turn:
+        # Between a directory's birth and its lock nobody may take it for a leftover.
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        for name in os.listdir(base):
+            if not held(os.path.join(base, name)):
+                shutil.rmtree(os.path.join(base, name), ignore_errors=True)
+        directory = tempfile.mkdtemp(prefix="boot.", dir=base)
+        lock = open(os.path.join(directory, "lock"), "w", encoding="ascii")
+        fcntl.flock(lock, fcntl.LOCK_EX)
     try:
-        with open(os.path.join(directory, "lock"), "w", encoding="ascii") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield directory
+        yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+        lock.close()
 
 
 class Ended:
-    """How a boot ended: the script's exit code or None, whether time ran out, the kernel's last messages, seconds."""
+    """How a boot ended: the script's exit code or None, whether time ran out, whether the script began, the kernel's messages, seconds."""
 
-    def __init__(self, code, over, console, seconds, boot_seconds):
-        self.code, self.over, self.console, self.seconds, self.boot_seconds = code, over, console, seconds, boot_seconds
+    def __init__(self, code, over, up, console, seconds, boot_seconds):
+        self.code, self.over, self.up, self.console, self.seconds, self.boot_seconds = code, over, up, console, seconds, boot_seconds
+
+    def why(self, minutes):
+        """For an end without an exit code."""
+        if not self.up:
+            return f"did not come up, {BOOTS} times"
+        return f"took longer than {minutes:g} minutes and was ended" if self.over else "ended by itself before its script did"
 
 
 def boot(lab_dir, kernel, files, script, minutes, cores, on_line):
     """Boots `kernel`, runs `script` in it, hands every line of its output to `on_line`; the guest is gone afterwards."""
+    for turn in range(BOOTS):
+        ended = boot_once(lab_dir, kernel, files, script, minutes, cores, on_line)
+        if ended.up:
+            break
+        tell("\n".join(["---- the guest's console"] + ended.console.splitlines()[-20:]))
+        tell(f"guest: {os.path.basename(kernel)} did not come up in {ended.seconds:.0f} s (attempt {turn + 1} of {BOOTS})")
+    return ended
+
+
+def boot_once(lab_dir, kernel, files, script, minutes, cores, on_line):
     nonce = f"guest-{secrets.token_hex(8)}"
     with scratch(lab_dir) as directory:
         image = make_root(directory, kernel, files, script, nonce)
@@ -314,22 +347,23 @@ def boot(lab_dir, kernel, files, script, minutes, cores, on_line):
                 "-serial", f"file:{log}", "-serial", "stdio", "-kernel", os.path.join(kernel, "vmlinuz"),
                 "-drive", f"file={image},format=raw,if=none,id=root,cache=unsafe,discard=unmap", "-device", "nvme,drive=root,serial=root",
                 "-append", "console=ttyS0 panic=-1 mitigations=off apparmor=0 root=/dev/nvme0n1 rootfstype=ext4 rw rootwait init=/guest/init"]
-        began = time.monotonic()
-        code, up, over = None, None, threading.Event()
+        began, up, code = time.monotonic(), None, None
+        done, over = threading.Event(), threading.Event()
         qemu = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
                                 preexec_fn=die_with_parent)
 
-        def end():
-            over.set()
-            qemu.kill()
+        def watch():
+            """Ends a guest that is not up in time, and any when its time is over."""
+            if not done.wait(min(UP_SECONDS, minutes * 60)) and (up is None or not done.wait(max(0, began + minutes * 60 - time.monotonic()))):
+                over.set()
+                qemu.kill()
 
-        timer = threading.Timer(minutes * 60, end)
-        timer.daemon = True
-        timer.start()
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
         try:
             for raw in qemu.stdout:
                 line = raw.decode("utf-8", "replace").rstrip("\r\n")
-                if line.startswith(nonce + " up"):
+                if line == nonce + " up":
                     up = time.monotonic()
                 elif nonce + " end " in line:
                     code = int(line.rsplit(" ", 1)[1])
@@ -337,7 +371,8 @@ def boot(lab_dir, kernel, files, script, minutes, cores, on_line):
                 else:
                     on_line(line)
         finally:
-            timer.cancel()
+            done.set()
+            watcher.join()
             qemu.kill()
             qemu.stdout.close()
             qemu.wait()
@@ -345,7 +380,7 @@ def boot(lab_dir, kernel, files, script, minutes, cores, on_line):
         with contextlib.suppress(OSError), open(log, encoding="utf-8", errors="replace") as file:
             console = file.read()
         now = time.monotonic()
-        return Ended(code, over.is_set() and code is None, console, now - began, (up or now) - began)
+        return Ended(code, over.is_set(), up is not None, console, now - began, (up or now) - began)
 
 
 # ---- tests --------------------------------------------------------------------------------------------------------------
@@ -436,9 +471,8 @@ def run_tests(lab_dir, kernel, binaries, choices, minutes, cores, console):
     if at["row"]:
         at["row"].seconds = time.monotonic() - at["began"]
     if ended.code is None:
-        why = f"took longer than {minutes} minutes and was ended" if ended.over else "ended by itself before its script did"
-        print(f"guest: {release} {why}", flush=True)
-    if console or (ended.code is None and not ended.over):
+        print(f"guest: {release} {ended.why(minutes)}", flush=True)
+    if console or ended.code is None:
         print("\n".join(["---- the guest's console"] + ended.console.splitlines()[-2000 if console else -40:]), flush=True)
     return list(rows.values()), ended
 
@@ -480,7 +514,7 @@ def directory():
         os.makedirs(path, exist_ok=True)
         with open(marker, "a", encoding="utf-8"):
             pass
-        os.close(os.open(os.path.join(path, ".writable"), os.O_CREAT | os.O_WRONLY, 0o644))
+        os.close(os.open(os.path.join(path, ".lock"), os.O_CREAT | os.O_WRONLY, 0o644))
     except OSError as error:
         raise LabError(f"{path} cannot be written ({error.strerror}): run it as root or name another directory in DOUBLURE_LAB") from None
     return path
@@ -507,10 +541,10 @@ def command(word, argv, files, minutes, cores, fresh, console):
     lab_dir = directory()
     kernel = Kernels(lab_dir).get(word, fresh)
     ended = boot(lab_dir, kernel, files, shlex.join(argv) + "\n", minutes, cores, lambda line: print(line, flush=True))
-    if console or (ended.code is None and not ended.over):
+    if console or ended.code is None:
         tell(ended.console if console else "\n".join(ended.console.splitlines()[-40:]))
     if ended.code is None:
-        tell(f"guest: {os.path.basename(kernel)} " + (f"took longer than {minutes} minutes" if ended.over else "ended before the command did"))
+        tell(f"guest: {os.path.basename(kernel)} " + ended.why(minutes))
         return 124 if ended.over else 125
     tell(f"guest: {os.path.basename(kernel)}: up after {ended.boot_seconds:.1f} s, {ended.seconds:.1f} s in all")
     return ended.code
