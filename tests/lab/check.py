@@ -7,7 +7,7 @@ lint    format, clippy with warnings as errors, and the scripts' own syntax
 unit    unit, property and integration tests that need no root, tests/house.rs among them
 crash   tests/crash_*.rs, with debug assertions on: the planted wrong orders exist only there
 kernel  tests/root_*.rs one at a time, the lab's own tests, the stories on two hosts, and a short demo, as root
-guests  the tracker's kernel tests on other kernels than this one, in an emulator; what was run and what not is in its JSON
+guests  kernel tests of tracker, device and host on other kernels than this one, in an emulator; what was run and what not is in its JSON
 """
 import glob
 import os

@@ -43,7 +43,8 @@ from lab import REPO, Lab, LabError, tell
 
 # One before bpf_loop's friends and dynptrs grew up, one where programs at tracepoints can be preempted.
 KERNELS = ("6.1", "7")
-DEFAULT = ("root_tracker",)
+DEFAULT = ("root_tracker", "root_device", "root_host")
+PROGRAM = "doublure"
 # Left out by default: what an emulator cannot tell, never what fails. (file, test) -> why.
 LEFT_OUT = {}
 SUITES = ("bookworm", "trixie", "trixie-backports", "sid")
@@ -52,8 +53,8 @@ KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 # What the tests and a person at a guest call; where this machine lacks one, the guest lacks it.
 NEEDED = ("sh", "busybox", "losetup", "mount", "umount", "mkfs.ext4", "mkfs.xfs", "blkdiscard", "fsfreeze", "fstrim", "partx", "addpart",
           "delpart", "mknod", "dd", "sync", "fio", "modprobe", "blockdev", "stat", "cp")
-WELCOME = ("mkfs.btrfs", "btrfs", "xfs_repair", "xfs_io", "e2fsck", "dmsetup", "lvm", "bpftool", "strace", "findmnt", "lsblk", "blkid",
-           "wipefs", "setpriv", "bash")
+WELCOME = ("mkfs.btrfs", "btrfs", "xfs_repair", "xfs_logprint", "xfs_io", "e2fsck", "dmsetup", "lvm", "bpftool", "strace", "findmnt", "lsblk", "blkid",
+           "wipefs", "setpriv", "dumpe2fs", "unshare", "nsenter", "bash")
 # The rest comes by itself when it is mounted.
 MODULES = ("loop", "zram")
 # The verdict stands at the line's end, after what a test's children wrote past libtest.
@@ -233,12 +234,14 @@ def libraries(program):
 
 
 def put(source, root, target):
-    """Copies a file with its mode, links followed, to where it lies in a file system with merged /usr."""
+    """Copies a file with its permissions, links followed, to where it lies in a file system with merged /usr."""
     target = re.sub(r"^/(bin|sbin|lib|lib64)/", r"/usr/\1/", target)
     path = root + target
     if not os.path.exists(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        shutil.copy2(source, path)
+        shutil.copyfile(source, path)
+        # No set-user-ID: without root here its owner is somebody who may do nothing there, and root there needs none.
+        os.chmod(path, os.stat(source).st_mode & 0o777 | 0o400)
 
 
 def make_root(directory, kernel, files, script, nonce):
@@ -251,6 +254,9 @@ def make_root(directory, kernel, files, script, nonce):
     programs = [tool(name) for name in NEEDED] + [path for path in map(tool, WELCOME) if path]
     wanted = {path: path for path in programs}
     wanted.update({path: f"/guest/{os.path.basename(path)}" for path in files})
+    # Where cargo told the tests, when it built them, to find this project's program and a place for their files.
+    wanted.update({path: path for path in files if os.path.basename(path) == PROGRAM})
+    os.makedirs(root + os.path.join(REPO, "target/tmp"))
     for source, target in list(wanted.items()):
         put(source, root, target)
         for library in libraries(source):
@@ -387,7 +393,7 @@ def boot_once(lab_dir, kernel, files, script, minutes, cores, on_line):
 
 
 def build(names, release):
-    """Builds test files of tests/ and gives {name: path of the binary}."""
+    """Builds test files of tests/ and gives {name: path of the binary}, and the path of this project's program."""
     argv = ["cargo", "test", "--locked", "--no-run", "--message-format=json"] + (["--release"] if release else [])
     done = subprocess.run(argv + [word for name in names for word in ("--test", name)], cwd=REPO, stdin=subprocess.DEVNULL,
                           stdout=subprocess.PIPE, text=True, check=False)
@@ -396,12 +402,13 @@ def build(names, release):
     found = {}
     for line in done.stdout.splitlines():
         message = json.loads(line) if line.startswith("{") else {}
-        if message.get("executable") and "test" in message.get("target", {}).get("kind", ()):
-            found[message["target"]["name"]] = message["executable"]
-    missing = [name for name in names if name not in found]
+        target = message.get("target", {})
+        if message.get("executable") and ("test" in target["kind"] or target["name"] == PROGRAM):
+            found[target["name"]] = message["executable"]
+    missing = [name for name in (*names, PROGRAM) if name not in found]
     if missing:
-        raise LabError(f"cargo made no test binary of {', '.join(missing)}: is there a tests/{missing[0]}.rs?")
-    return found
+        raise LabError(f"cargo made no binary of {', '.join(missing)}: is there a tests/{missing[0]}.rs?")
+    return {name: found[name] for name in names}, found[PROGRAM]
 
 
 def choose(name, binary, only, skip):
@@ -434,7 +441,7 @@ class Row:
         return [test for test in self.chosen if test not in self.passed and test not in self.failed]
 
 
-def run_tests(lab_dir, kernel, binaries, choices, minutes, cores, console):
+def run_tests(lab_dir, kernel, binaries, program, choices, minutes, cores, console):
     """One boot; every binary's chosen tests, one at a time. Gives the rows."""
     release = os.path.basename(kernel)
     rows = {name: Row(release, name, *choices[name]) for name in binaries}
@@ -467,12 +474,12 @@ def run_tests(lab_dir, kernel, binaries, choices, minutes, cores, console):
             test["began"] = now
         print(text, flush=True)
 
-    ended = boot(lab_dir, kernel, list(binaries.values()), "\n".join(script) + "\n", minutes, cores, line)
+    ended = boot(lab_dir, kernel, [*binaries.values(), program], "\n".join(script) + "\n", minutes, cores, line)
     if at["row"]:
         at["row"].seconds = time.monotonic() - at["began"]
     if ended.code is None:
         print(f"guest: {release} {ended.why(minutes)}", flush=True)
-    if console or ended.code is None:
+    if console or (ended.code is None and ended.up):
         print("\n".join(["---- the guest's console"] + ended.console.splitlines()[-2000 if console else -40:]), flush=True)
     return list(rows.values()), ended
 
@@ -524,13 +531,13 @@ def lane(kernels, tests=DEFAULT, only=(), skip=(), release=False, minutes=20, co
     """The tests on every kernel, one guest at a time. Gives the rows."""
     lab_dir, rows = directory(), []
     found = Kernels(lab_dir)
-    binaries = build(list(tests), release)
+    binaries, program = build(list(tests), release)
     choices = {name: choose(name, binary, only, skip) for name, binary in binaries.items()}
     if not any(chosen for chosen, _ in choices.values()):
         raise LabError(f"no test of {', '.join(tests)} is left to run: see --only and --skip")
     for word in kernels:
         kernel = found.get(word, fresh)
-        made, ended = run_tests(lab_dir, kernel, binaries, choices, minutes, cores, console)
+        made, ended = run_tests(lab_dir, kernel, binaries, program, choices, minutes, cores, console)
         print(f"---- {os.path.basename(kernel)}: up after {ended.boot_seconds:.1f} s, {ended.seconds:.1f} s in all", flush=True)
         rows += made
     return rows
@@ -541,7 +548,7 @@ def command(word, argv, files, minutes, cores, fresh, console):
     lab_dir = directory()
     kernel = Kernels(lab_dir).get(word, fresh)
     ended = boot(lab_dir, kernel, files, shlex.join(argv) + "\n", minutes, cores, lambda line: print(line, flush=True))
-    if console or ended.code is None:
+    if console or (ended.code is None and ended.up):
         tell(ended.console if console else "\n".join(ended.console.splitlines()[-40:]))
     if ended.code is None:
         tell(f"guest: {os.path.basename(kernel)} " + ended.why(minutes))
@@ -599,7 +606,7 @@ def main():
     given = parse([word for word in words if word != "--list"])
     tests = tuple(given["tests"]) or DEFAULT
     if "--list" in words:
-        for name, binary in build(list(tests), given["release"]).items():
+        for name, binary in build(list(tests), given["release"])[0].items():
             chosen, left = choose(name, binary, given["only"], given["skip"])
             print("\n".join([f"{name}: {test}" for test in chosen] + [f"{name}: {test} is left out: {why}" for test, why in left.items()]))
         return 0
@@ -611,7 +618,8 @@ def main():
     if given["command"]:
         files = [os.path.realpath(file) for file in given["with"]]
         if given["tests"]:
-            files += build(given["tests"], given["release"]).values()
+            binaries, program = build(given["tests"], given["release"])
+            files += [*binaries.values(), program]
         return command(given["kernels"][0], given["command"], files, given["minutes"], given["cores"], given["fresh"], given["console"])
     rows = lane(given["kernels"], tests, given["only"], given["skip"], given["release"], given["minutes"], given["cores"], given["fresh"],
                 given["console"])

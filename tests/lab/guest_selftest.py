@@ -44,6 +44,16 @@ def an_exit_code_comes_back(lab_dir, kernel):
     assert lines == [os.path.basename(kernel), "2"], lines
 
 
+def a_guest_that_does_not_come_up_is_told_so(lab_dir, kernel):
+    usual = guest.UP_SECONDS
+    guest.UP_SECONDS = 0.2
+    try:
+        ended = guest.boot(lab_dir, kernel, [], "exit 0\n", 5, 2, lambda line: None)
+    finally:
+        guest.UP_SECONDS = usual
+    assert ended.code is None and not ended.up and "did not come up" in ended.why(5), vars(ended)
+
+
 def failures_deaths_and_hangs_are_counted(lab_dir, kernel):
     with tempfile.TemporaryDirectory(dir=lab_dir) as here:
         binaries = {}
@@ -54,7 +64,7 @@ def failures_deaths_and_hangs_are_counted(lab_dir, kernel):
             os.chmod(binaries[name], 0o755)
         choices = {"fails": (["one", "two"], {"three": "why not"}), "dies": (["one"], {}), "hangs": (["one", "slow", "never"], {})}
         began = time.monotonic()
-        rows, ended = guest.run_tests(lab_dir, kernel, binaries, choices, 0.5, 2, False)
+        rows, ended = guest.run_tests(lab_dir, kernel, binaries, binaries["fails"], choices, 0.5, 2, False)
     assert ended.over and time.monotonic() - began < 90, "a hanging guest was not ended"
     fails, dies, hangs = rows
     assert (fails.passed, fails.failed, fails.unfinished) == (["one"], ["two"], []) and guest.bad(fails) == 1
@@ -88,7 +98,7 @@ def main():
     except guest.LabError as error:
         print(f"guest: {error}", file=sys.stderr)
         return 2
-    for test in (versions, an_exit_code_comes_back, failures_deaths_and_hangs_are_counted, nothing_is_left):
+    for test in (versions, an_exit_code_comes_back, a_guest_that_does_not_come_up_is_told_so, failures_deaths_and_hangs_are_counted, nothing_is_left):
         began = time.monotonic()
         try:
             test(lab_dir, kernel)
