@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Runs the tests tier by tier, counts them, and writes target/check/TIER.json.
 
-    check.py [lint] [unit] [crash] [kernel] [--long]     all tiers without a name
+    check.py [lint] [unit] [crash] [kernel] [guests] [--long]     all but guests without a name; --long all
 
 lint    format, clippy with warnings as errors, and the scripts' own syntax
 unit    unit, property and integration tests that need no root, tests/house.rs among them
 crash   tests/crash_*.rs, with debug assertions on: the planted wrong orders exist only there
 kernel  tests/root_*.rs one at a time, the lab's own tests, the stories on two hosts, and a short demo, as root
+guests  kernel tests of tracker, device and host on other kernels than this one, in an emulator; what was run and what not is in its JSON
 """
 import glob
 import os
@@ -17,10 +18,13 @@ import sys
 import threading
 import time
 
+import guest
 import report
-from lab import REPO, adopt_orphans
+from lab import REPO, LabError, adopt_orphans
 
-TIERS = ("lint", "unit", "crash", "kernel")
+TIERS = ("lint", "unit", "crash", "kernel", "guests")
+# Minutes of emulation: asked for by name, or with --long.
+SELDOM = ("guests",)
 RESULT = re.compile(r"^(?:test result: \w+\. )?(\d+) passed[;,] (\d+) failed")
 IGNORED = re.compile(r"^test (\S+) \.\.\. ignored")
 # Not tests: a maker of files and a measurement, run by hand. Whatever else is left out counts as a failure.
@@ -32,6 +36,8 @@ class Tally:
 
     def __init__(self, long):
         self.passed, self.failed, self.long, self.failures = 0, 0, long, []
+        # What else belongs into the tier's JSON.
+        self.more = {}
 
     def fail(self, what):
         self.failed += 1
@@ -155,6 +161,23 @@ def kernel(tally):
             tally.fail(f"{name} holds no test")
 
 
+def guests(tally):
+    plain(tally, "the guest lane's own tests", ["/usr/bin/python3", "-B", "tests/lab/guest_selftest.py"], 600)
+    rows = []
+    for kernel in guest.KERNELS:
+        try:
+            rows += guest.lane([kernel], minutes=60 if tally.long else 20)
+        except LabError as error:
+            tally.fail(f"Linux {kernel}: {error}")
+    for row in rows:
+        tally.passed += len(row.passed)
+        if guest.bad(row):
+            tally.failed += guest.bad(row)
+            tally.failures.append(f"{row.kernel}: {row.name}: {', '.join(row.failed + row.unfinished) or f'ended with {row.code}'}")
+    tally.more = {"runs": guest.figures(rows)}
+    print(guest.table(rows), flush=True)
+
+
 def main():
     words = sys.argv[1:]
     if "-h" in words or "--help" in words:
@@ -178,12 +201,12 @@ def main():
         signal.signal(number, stop)
     passed = failed = 0
     lines = []
-    for name in [tier for tier in TIERS if not names or tier in names]:
+    for name in [tier for tier in TIERS if tier in names or (not names and (long or tier not in SELDOM))]:
         print(f"==== {name}", flush=True)
         tally, began = Tally(long), time.monotonic()
-        {"lint": lint, "unit": unit, "crash": crash, "kernel": kernel}[name](tally)
+        {"lint": lint, "unit": unit, "crash": crash, "kernel": kernel, "guests": guests}[name](tally)
         seconds = round(time.monotonic() - began, 1)
-        report.write(REPO, f"target/check/{name}.json", {"passed": tally.passed, "failed": tally.failed, "seconds": seconds})
+        report.write(REPO, f"target/check/{name}.json", {"passed": tally.passed, "failed": tally.failed, "seconds": seconds, **tally.more})
         lines += [f"{name:<8} {tally.passed:5} passed  {tally.failed:3} failed  {seconds:7.1f} s"]
         lines += [f"         {what}" for what in tally.failures]
         passed, failed = passed + tally.passed, failed + tally.failed

@@ -11,7 +11,7 @@ either host, so that they survive a host's power cut.
     lab.py link HOST up|down    the host's cable
     lab.py shell                both hosts up, a shell, everything gone at its end
     lab.py status               what is up
-    lab.py down [--all]         removes everything; --all the cache of images too
+    lab.py down [--all]         removes everything; --all the caches of images and of guests' kernels too
 
 DOUBLURE_LAB names the work directory, default /var/tmp/doublure-lab. Nothing is ever found or killed by its name: processes
 are written down with their start time, loop devices are known by their backing file's inode.
@@ -489,7 +489,7 @@ class Lab:
             attempt(self.remove_cgroups, host)
         if trouble:
             raise LabError("the lab could not be removed: " + "; ".join(trouble))
-        for name in list(HOSTS) + ["run"] + (["cache"] if everything else []):
+        for name in list(HOSTS) + ["run"] + (["cache", "guests"] if everything else []):
             shutil.rmtree(self.path(name), ignore_errors=False) if os.path.isdir(self.path(name)) else None
         if everything:
             for name in (".doublure-lab", ".lock"):
