@@ -113,16 +113,20 @@ struct copy {
 static inline_always void enter_bio(struct copy *copy)
 {
 	struct bio *bio = (struct bio *)copy->bio;
-	struct bvec_iter iter = {};
+	struct bvec_iter___renamed *renamed = (struct bvec_iter___renamed *)&bio->bi_iter;
+	u32 size = 0, index = 0, done = 0;
 	u64 vec = 0;
 
 	bpf_probe_read_kernel(&vec, sizeof(vec), &bio->bi_io_vec);
-	bpf_probe_read_kernel(&iter.bi_size, sizeof(iter.bi_size), &bio->bi_iter.bi_size);
-	bpf_probe_read_kernel(&iter.bi_idx, sizeof(iter.bi_idx), &bio->bi_iter.bi_idx);
-	bpf_probe_read_kernel(&iter.bi_bvec_done, sizeof(iter.bi_bvec_done), &bio->bi_iter.bi_bvec_done);
-	copy->vec = vec + (u64)iter.bi_idx * __builtin_preserve_type_info(*(struct bio_vec *)0, 1);
-	copy->skip = iter.bi_bvec_done;
-	copy->bio_left = iter.bi_size;
+	bpf_probe_read_kernel(&size, sizeof(size), &bio->bi_iter.bi_size);
+	bpf_probe_read_kernel(&index, sizeof(index), &bio->bi_iter.bi_idx);
+	if (__builtin_preserve_field_info(renamed->bi_offset, 2))
+		bpf_probe_read_kernel(&done, sizeof(done), &renamed->bi_offset);
+	else
+		bpf_probe_read_kernel(&done, sizeof(done), &bio->bi_iter.bi_bvec_done);
+	copy->vec = vec + (u64)index * __builtin_preserve_type_info(*(struct bio_vec *)0, 1);
+	copy->skip = done;
+	copy->bio_left = size;
 }
 
 // Copies the next piece: a unit that lies in one page and one vector, or 512 bytes of it.

@@ -55,6 +55,13 @@ struct bvec_iter {
 	u32 bi_idx;
 	u32 bi_bvec_done;
 };
+// The same since 7.3, where its last field has another name.
+struct bvec_iter___renamed {
+	u64 bi_sector;
+	u32 bi_size;
+	u32 bi_idx;
+	u32 bi_offset;
+};
 struct bio_crypt_ctx;
 struct bio {
 	struct bio *bi_next;
