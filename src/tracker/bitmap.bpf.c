@@ -18,6 +18,13 @@
 //   [half 0: words] [half 1: words] [held: words] [half 0: summary_words] [half 1: ...] [held: ...]
 // `held` belongs to user space alone: what earlier flips took and nobody has acknowledged yet.
 // A summary bit stands for a page of 512 words; it is set before the first bit of its page, never after.
+//
+// A small volume has a bit of `words` for each block. A large one (`sparse`) has a bit for each range of LEAF_BLOCKS blocks, the
+// coarse level, and the blocks' bits in leaves, which are made when they are needed: per region a hash map from the number of
+// the range to its leaf. Its own map goes on with [half 0: words] [half 1: words] [held: words]: ranges all of whose blocks are
+// dirty, because one write covered them or because no leaf could be made (doubt means dirty).
+// The summary bit is set before the coarse bit, the coarse bit before the leaf is made: a leaf that is there needs no look at
+// either. Leaves of the active half are made and never removed; user space removes those of the others, which no program uses.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -28,10 +35,13 @@ typedef unsigned long long u64;
 #define __array(name, val) typeof(val) *name[]
 #define inline_always inline __attribute__((always_inline))
 
-enum { MAP_HASH = 1, MAP_ARRAY = 2, MAP_PERCPU_ARRAY = 6, MAP_ARRAY_OF_MAPS = 12 };
+enum { MAP_HASH = 1, MAP_ARRAY = 2, MAP_ARRAY_OF_MAPS = 12 };
 enum { F_NO_PREALLOC = 1 << 0, F_MMAPABLE = 1 << 10, F_INNER_MAP = 1 << 12 };
+enum { UPDATE_NOEXIST = 1 };
 
 static void *(*bpf_map_lookup_elem)(void *map, const void *key) = (void *)1;
+static long (*bpf_map_update_elem)(void *map, const void *key, const void *value, u64 flags) = (void *)2;
+static u32 (*bpf_get_smp_processor_id)(void) = (void *)8;
 static long (*bpf_loop)(u32 nr, void *callback, void *ctx, u64 flags) = (void *)181;
 
 // Only the fields that are read; the loader relocates them against the running kernel's BTF.
@@ -66,6 +76,8 @@ struct request {
 #pragma clang attribute pop
 
 enum { MAX_VOLUMES = 1024, PROGRAMS = 4, HALVES = 2, REGIONS = 3, NOTE_BYTES = 256 };
+// A leaf with the map's own 64 bytes (element header 48, key 8, the allocator's link 8) fills 512 bytes of memory exactly.
+enum { LEAF_WORDS = 56, LEAF_BLOCKS = LEAF_WORDS * 64, INBOX_LEAVES = 128 };
 // `enum req_op` of the kernel. An odd operation writes (op_is_write()); these four have kept number and meaning since
 // before 5.15. Any other odd one (zones, passthrough) is counted: user space doubts.
 enum { OP_MASK = 255, OP_WRITE = 1, OP_DISCARD = 3, OP_SECURE_ERASE = 5, OP_WRITE_ZEROES = 9 };
@@ -77,12 +89,23 @@ struct volume {
 	u64 blocks;
 	u32 words; // of one half
 	u32 summary_words; // of one half
+	u32 sparse; // 1 = its blocks' bits are in leaves
+	u32 unused;
+};
+struct leaf {
+	u64 words[LEAF_WORDS];
+};
+// User space asks for bits in a leaf.
+struct letter {
+	u32 range;
+	u32 refused; // set by the program: there is no leaf and none could be made
+	struct leaf leaf;
 };
 struct group {
 	u32 phase;
 	u32 unused;
 };
-// One per program and volume, per CPU: a program is never re-entered on a CPU, so plain adds are exact.
+// One per CPU, volume and program: a program is never re-entered on a CPU, so plain adds are exact.
 struct counters {
 	u64 sectors; // changed, 512 bytes each
 	u64 unknown; // operations whose range is not known
@@ -123,9 +146,43 @@ struct {
 	__array(values, struct bits_map);
 } bits SEC(".maps");
 
+struct leaves_map {
+	__uint(type, MAP_HASH);
+	__uint(max_entries, 1);
+	__uint(map_flags, F_NO_PREALLOC);
+	__type(key, u32); // number of the range
+	__type(value, struct leaf);
+};
+
 struct {
-	__uint(type, MAP_PERCPU_ARRAY);
+	__uint(type, MAP_ARRAY_OF_MAPS);
+	__uint(max_entries, MAX_VOLUMES * REGIONS);
+	__type(key, u32); // slot * REGIONS + region
+	__array(values, struct leaves_map);
+} leaves SEC(".maps");
+
+// A leaf without bits, to make others of.
+struct {
+	__uint(type, MAP_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct leaf);
+} blank SEC(".maps");
+
+struct {
+	__uint(type, MAP_ARRAY);
+	__uint(max_entries, INBOX_LEAVES);
+	__uint(map_flags, F_MMAPABLE);
+	__type(key, u32);
+	__type(value, struct letter);
+} inbox SEC(".maps");
+
+// Not a per-CPU array, because that cannot be mapped: user space reads it without a call. The loader makes it as long as the
+// machine has possible CPUs.
+struct {
+	__uint(type, MAP_ARRAY);
 	__uint(max_entries, MAX_VOLUMES * PROGRAMS);
+	__uint(map_flags, F_MMAPABLE);
 	__type(key, u32);
 	__type(value, struct counters);
 } counters SEC(".maps");
@@ -206,6 +263,186 @@ __attribute__((noinline)) int mark_blocks(u32 slot, u64 bits_at, u64 summary_at,
 	return walk.failed;
 }
 
+static inline_always int set_bits(void *map, u32 at, u64 mask)
+{
+	u64 *found = bpf_map_lookup_elem(map, &at);
+
+	if (!found)
+		return 1;
+	if ((*found & mask) != mask)
+		__sync_fetch_and_or(found, mask);
+	return 0;
+}
+
+struct leaf_walk {
+	u64 first;
+	u64 last;
+	u32 slot;
+	u32 region;
+	u32 words;
+	u32 summary_words;
+	u32 failed;
+};
+
+static inline_always void *leaves_of(u32 slot, u32 region)
+{
+	u32 at = slot * REGIONS + region;
+
+	return bpf_map_lookup_elem(&leaves, &at);
+}
+
+static inline_always struct leaf *make_leaf(void *map, u32 range)
+{
+	u32 zero = 0;
+	struct leaf *empty = bpf_map_lookup_elem(&blank, &zero);
+
+	if (!empty)
+		return 0;
+	// Refused where another CPU was faster, and where there is no memory or no room: the look tells.
+	bpf_map_update_elem(map, &range, empty, UPDATE_NOEXIST);
+	return bpf_map_lookup_elem(map, &range);
+}
+
+// The first write to a range since its half became active, or one that covers the whole of it.
+static __attribute__((noinline)) struct leaf *first_in_range(struct leaf_walk *walk, u32 range, u32 covered)
+{
+	u32 slot = walk->slot, region = walk->region, word = range >> 6, at;
+	void *map = bpf_map_lookup_elem(&bits, &slot), *in;
+	u64 bit = 1ULL << (range & 63), *whole;
+	struct leaf *leaf;
+
+	if (!map)
+		goto failed;
+	at = REGIONS * walk->words + region * walk->summary_words + (word >> 15);
+	if (set_bits(map, at, 1ULL << ((word >> 9) & 63)))
+		goto failed;
+	if (set_bits(map, region * walk->words + word, bit))
+		goto failed;
+	at = REGIONS * (walk->words + walk->summary_words) + region * walk->words + word;
+	whole = bpf_map_lookup_elem(map, &at);
+	if (!whole)
+		goto failed;
+	if (*whole & bit)
+		return 0;
+	in = covered ? 0 : leaves_of(slot, region);
+	if (in) {
+		leaf = make_leaf(in, range);
+		if (leaf)
+			return leaf;
+	}
+	__sync_fetch_and_or(whole, bit);
+	return 0;
+failed:
+	walk->failed = 1;
+	return 0;
+}
+
+// Sets the bits of [first, last] that lie in the index-th range touched.
+static long mark_leaf(u32 index, struct leaf_walk *walk)
+{
+	u32 first = walk->first >> 6, last = walk->last >> 6, range = first / LEAF_WORDS + index;
+	u32 base = range * LEAF_WORDS, from = first > base ? first - base : 0, to = last - base, at;
+	u64 head = ~0ULL << (walk->first & 63), tail = ~0ULL >> (63 - (walk->last & 63)), mask;
+	void *map = leaves_of(walk->slot, walk->region);
+	struct leaf *leaf = 0;
+	int covered = (first < base || (first == base && head == ~0ULL)) &&
+		      (to >= LEAF_WORDS || (to == LEAF_WORDS - 1 && tail == ~0ULL));
+
+	if (map && !covered)
+		leaf = bpf_map_lookup_elem(map, &range);
+	if (!leaf)
+		leaf = first_in_range(walk, range, covered);
+	if (!leaf)
+		return walk->failed;
+	if (from == to) {
+		mask = (base + from == first ? head : ~0ULL) & (base + from == last ? tail : ~0ULL);
+		at = from;
+		asm volatile("" : "+r"(at)); // or the compiler finds the address before the bound is checked
+		if (at >= LEAF_WORDS)
+			return 1;
+		if ((leaf->words[at] & mask) != mask)
+			__sync_fetch_and_or(&leaf->words[at], mask);
+		return 0;
+	}
+	for (at = 0; at < LEAF_WORDS; at++) {
+		asm volatile("" : "+r"(at)); // or it walks a pointer, whose bounds the verifier cannot see
+		if (at < from)
+			continue;
+		if (at > to)
+			break;
+		mask = ~0ULL;
+		if (base + at == first)
+			mask = head;
+		if (base + at == last)
+			mask &= tail;
+		if ((leaf->words[at] & mask) != mask)
+			__sync_fetch_and_or(&leaf->words[at], mask);
+	}
+	return 0;
+}
+
+// Sets the bits of blocks [first, last] of a volume with leaves; `shape` = words | summary_words << 32. 0 = all set.
+__attribute__((noinline)) int mark_leaves(u32 slot, u32 region, u64 shape, u64 first, u64 last)
+{
+	struct leaf_walk walk = {
+		.first = first, .last = last, .slot = slot, .region = region, .words = shape, .summary_words = shape >> 32,
+	};
+	u32 ranges = (u32)(last >> 6) / LEAF_WORDS - (u32)(first >> 6) / LEAF_WORDS + 1;
+
+	if (ranges == 1) {
+		mark_leaf(0, &walk);
+		return walk.failed;
+	}
+	// A bio holds less than 4 GiB: 294 ranges.
+	if (ranges > 1 << 20 || bpf_loop(ranges, mark_leaf, &walk, 0) != ranges)
+		return 1;
+	return walk.failed;
+}
+
+struct insertion {
+	u32 slot;
+	u32 region;
+	u32 letters;
+};
+
+static long insert_letter(u32 index, struct insertion *in)
+{
+	struct letter *letter = bpf_map_lookup_elem(&inbox, &index);
+	void *map = leaves_of(in->slot, in->region);
+	struct leaf *leaf = 0;
+	u32 range, at;
+	u64 mask;
+
+	if (!letter)
+		return 1;
+	range = letter->range;
+	if (map) {
+		leaf = bpf_map_lookup_elem(map, &range);
+		if (!leaf)
+			leaf = make_leaf(map, range);
+	}
+	letter->refused = !leaf;
+	if (!leaf)
+		return 0;
+	for (at = 0; at < LEAF_WORDS; at++) {
+		mask = letter->leaf.words[at];
+		if (mask)
+			__sync_fetch_and_or(&leaf->words[at], mask);
+	}
+	return 0;
+}
+
+// Sets the bits of the first `letters` letters of the inbox. User space calls it: its own update of a hash map's element would
+// replace the element, and with it what a program on another CPU is setting at that moment.
+SEC("syscall") int insert(struct insertion *asked)
+{
+	struct insertion in = { .slot = asked->slot, .region = asked->region, .letters = asked->letters };
+
+	if (in.letters > INBOX_LEAVES)
+		return 1;
+	return bpf_loop(in.letters, insert_letter, &in, 0) != in.letters;
+}
+
 static inline_always struct volume *find(struct gendisk *disk)
 {
 	u32 dev = (u32)disk->major << 20 | (u32)disk->first_minor;
@@ -215,7 +452,7 @@ static inline_always struct volume *find(struct gendisk *disk)
 
 static inline_always struct counters *counters_of(struct volume *volume, u32 program)
 {
-	u32 at = volume->slot * PROGRAMS + program;
+	u32 at = (bpf_get_smp_processor_id() * MAX_VOLUMES + volume->slot) * PROGRAMS + program;
 
 	return bpf_map_lookup_elem(&counters, &at);
 }
@@ -225,6 +462,7 @@ static inline_always void mark_sectors(struct volume *volume, struct counters *c
 {
 	u64 sectors = (bytes + 511) >> 9, first = sector >> 3, last = (sector + sectors - 1) >> 3;
 	u64 blocks = volume->blocks;
+	int failed;
 
 	if (!sectors)
 		return;
@@ -237,8 +475,12 @@ static inline_always void mark_sectors(struct volume *volume, struct counters *c
 		count->outside++;
 		last = blocks - 1;
 	}
-	if (mark_blocks(volume->slot, (u64)half * volume->words,
-			(u64)REGIONS * volume->words + (u64)half * volume->summary_words, first, last))
+	if (volume->sparse)
+		failed = mark_leaves(volume->slot, half, (u64)volume->summary_words << 32 | volume->words, first, last);
+	else
+		failed = mark_blocks(volume->slot, (u64)half * volume->words,
+				     (u64)REGIONS * volume->words + (u64)half * volume->summary_words, first, last);
+	if (failed)
 		count->outside++;
 }
 

@@ -6,7 +6,8 @@
 //! whole. The pinned link is the only thing that keeps a program attached: no descriptor of the agent does.
 
 use crate::model::{Code, Fault, Res};
-use crate::tracker::halves::Words;
+use crate::tracker::halves::{Shape, Words};
+use crate::tracker::leaves::LeafMaps;
 use crate::tracker::notes::{HostNote, NOTE_BYTES, PROGRAMS, Record};
 use crate::tracker::sysfs::boot_id;
 use crate::tracker::witness::{Counts, NAMES};
@@ -16,18 +17,23 @@ use memmap2::MmapOptions;
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The programs as `build.rs` made them.
 static OBJECT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/bitmap.bpf.o"));
 /// Version of everything that this side keeps in the maps: the notes and the layout of the bits.
-const SCHEMA: u32 = 3;
+const SCHEMA: u32 = 4;
 /// Most volumes, and most groups, that can be tracked at once; `MAX_VOLUMES` in `bitmap.bpf.c`.
 pub(super) const MAX_VOLUMES: u32 = 1024;
 /// The element of the array of maps that exists only to be updated.
 const SPARE_SLOT: u32 = MAX_VOLUMES;
 /// Maps that are pinned under their own names.
-const MAPS: [&str; 7] = ["volumes", "groups", "bits", "counters", "host_note", "group_notes", "volume_notes"];
+const MAPS: [&str; 9] = ["volumes", "groups", "bits", "leaves", "inbox", "counters", "host_note", "group_notes", "volume_notes"];
+/// The program that user space calls; no event runs it.
+const INSERT: &str = "insert";
+/// Words of a `struct counters`.
+const COUNTER_WORDS: usize = 4;
 /// The magic number of bpffs in `statfs(2)`.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 /// Flags of the inner maps: may be mapped, may differ in length from the template.
@@ -55,10 +61,12 @@ pub(super) struct Target {
     pub words: u32,
     /// Words of the summary of one half.
     pub summary_words: u32,
+    /// The blocks' bits are in leaves.
+    pub sparse: bool,
 }
 
 impl Target {
-    const BYTES: usize = 32;
+    const BYTES: usize = 40;
     fn to_bytes(self) -> [u8; Self::BYTES] {
         let mut bytes = [0; Self::BYTES];
         bytes[..4].copy_from_slice(&self.slot.to_ne_bytes());
@@ -66,7 +74,8 @@ impl Target {
         bytes[8..16].copy_from_slice(&self.diskseq.to_ne_bytes());
         bytes[16..24].copy_from_slice(&self.blocks.to_ne_bytes());
         bytes[24..28].copy_from_slice(&self.words.to_ne_bytes());
-        bytes[28..].copy_from_slice(&self.summary_words.to_ne_bytes());
+        bytes[28..32].copy_from_slice(&self.summary_words.to_ne_bytes());
+        bytes[32..36].copy_from_slice(&u32::from(self.sparse).to_ne_bytes());
         bytes
     }
     fn from_bytes(bytes: &[u8]) -> Option<Target> {
@@ -74,7 +83,7 @@ impl Target {
         let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|i| bytes[at + i]));
         let long = |at: usize| u64::from_ne_bytes(std::array::from_fn(|i| bytes[at + i]));
         let (slot, group, diskseq, blocks) = (word(0), word(4), long(8), long(16));
-        Some(Target { slot, group, diskseq, blocks, words: word(24), summary_words: word(28) })
+        Some(Target { slot, group, diskseq, blocks, words: word(24), summary_words: word(28), sparse: word(32) == 1 })
     }
 }
 
@@ -83,7 +92,9 @@ pub(super) struct Kernel {
     dir: PathBuf,
     volumes: MapHandle,
     bits: MapHandle,
-    counters: MapHandle,
+    /// Of all volumes that have leaves.
+    pub(super) leaves: Arc<LeafMaps>,
+    counters: Words,
     host_note: MapHandle,
     group_notes: MapHandle,
     volume_notes: MapHandle,
@@ -167,9 +178,24 @@ impl Kernel {
         let [host_note, group_notes, volume_notes] = [open("host_note")?, open("group_notes")?, open("volume_notes")?];
         let attached = NAMES.iter().map(|name| attached_at(dir, name)).collect::<Res<Vec<_>>>()?;
         let groups = map_words(&groups, u64::from(MAX_VOLUMES))?;
+        let inbox = map_words(&open("inbox")?, LeafMaps::inbox_words())?;
+        let insert = Program::fd_from_pinned_path(dir.join(INSERT)).map_err(|e| fault_of("the pinned program insert", &e))?;
+        let leaves = Arc::new(LeafMaps::new(open("leaves")?, inbox, insert));
+        let counters = map_words(&counters, u64::from(counters.max_entries()) * COUNTER_WORDS as u64)?;
         let spare = new_bits(1)?;
-        let kernel =
-            Kernel { dir: dir.into(), volumes, bits, counters, host_note, group_notes, volume_notes, groups, spare, attached };
+        let kernel = Kernel {
+            dir: dir.into(),
+            volumes,
+            bits,
+            leaves,
+            counters,
+            host_note,
+            group_notes,
+            volume_notes,
+            groups,
+            spare,
+            attached,
+        };
         let (says, is) = (HostNote::from_record(&read_record(&kernel.host_note, 0)?), host_note_of(&kernel.attached)?);
         match says == is {
             true => Ok(kernel),
@@ -239,27 +265,37 @@ impl Kernel {
     fn bits_path(&self, slot: u32) -> PathBuf {
         self.dir.join(format!("bits_{slot}"))
     }
-    /// Makes, pins and installs the map of a slot, all zero, and its counters, all zero.
-    pub(super) fn make_bits(&self, slot: u32, words: u64) -> Res<Words> {
+    /// Makes, pins and installs the map of a slot, all zero, its leaves, none, and its counters, all zero.
+    pub(super) fn make_bits(&self, slot: u32, shape: Shape) -> Res<Words> {
+        let words = shape.map_words();
         let mut map = new_bits(words)?;
         let path = self.bits_path(slot);
         map.pin(&path).map_err(|e| fault_of(&format!("pinning {}", path.display()), &e))?;
         let done = self.bits.update(&slot.to_ne_bytes(), &map.as_fd().as_raw_fd().to_ne_bytes(), MapFlags::ANY);
         done.map_err(|e| fault_of("the table of bitmaps", &e))?;
-        for program in 0..PROGRAMS as u32 {
-            let cpus = libbpf_rs::num_possible_cpus().map_err(|e| fault_of("the number of CPUs", &e))?;
-            let zero = vec![vec![0; self.counters.value_size() as usize]; cpus];
-            let done = self.counters.update_percpu(&(slot * PROGRAMS as u32 + program).to_ne_bytes(), &zero, MapFlags::ANY);
-            done.map_err(|e| fault_of("the counters", &e))?;
+        if shape.sparse {
+            self.leaves.make(slot, shape.ranges())?;
+        }
+        for program in 0..PROGRAMS {
+            self.counters_of(slot, program).flatten().for_each(|word| word.store(0, Ordering::Relaxed));
         }
         map_words(&map, words)
     }
-    /// The pinned map of a slot; an error when it is not there or shorter than `words`.
-    pub(super) fn found_bits(&self, slot: u32, words: u64) -> Res<Words> {
-        let path = self.bits_path(slot);
+    /// The counters of a slot and a program, one `struct counters` for each CPU.
+    fn counters_of(&self, slot: u32, program: usize) -> impl Iterator<Item = &[AtomicU64]> {
+        let per_cpu = MAX_VOLUMES as usize * PROGRAMS;
+        let own = slot as usize * PROGRAMS + program;
+        self.counters.all().chunks_exact(COUNTER_WORDS).skip(own).step_by(per_cpu)
+    }
+    /// The pinned map of a slot; an error when it or its leaves are not there or it has another length than `shape`.
+    pub(super) fn found_bits(&self, slot: u32, shape: Shape) -> Res<Words> {
+        let (path, words) = (self.bits_path(slot), shape.map_words());
         let map = MapHandle::from_pinned_path(&path).map_err(|e| fault_of(&format!("pinned map {}", path.display()), &e))?;
         if u64::from(map.max_entries()) != words {
             return Err(Fault::internal(path.display().to_string(), format!("it has {} words, not {words}", map.max_entries())));
+        }
+        if shape.sparse && !self.leaves.are_there(slot)? {
+            return Err(Fault::internal(path.display().to_string(), "its leaves are not there"));
         }
         map_words(&map, words)
     }
@@ -270,27 +306,25 @@ impl Kernel {
         {
             return Err(fault_of("the table of bitmaps", &error));
         }
+        self.leaves.drop_all(slot)?;
         match fs::remove_file(self.bits_path(slot)) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Fault::io("unpinning a bitmap", &error)),
             _ => Ok(()),
         }
     }
-    /// What the programs counted for a slot, all CPUs together.
-    pub(super) fn counts(&self, slot: u32) -> Res<Counts> {
+    /// What the programs counted for a slot, all CPUs together. Read from the mapping: no system call.
+    pub(super) fn counts(&self, slot: u32) -> Counts {
         let mut counts = Counts::default();
         for program in 0..PROGRAMS {
-            let key = slot * PROGRAMS as u32 + program as u32;
-            let found =
-                self.counters.lookup_percpu(&key.to_ne_bytes(), MapFlags::ANY).map_err(|e| fault_of("the counters", &e))?;
-            for cpu in found.into_iter().flatten() {
-                let field = |at: usize| u64::from_ne_bytes(std::array::from_fn(|i| cpu[at * 8 + i]));
+            for cpu in self.counters_of(slot, program) {
+                let field = |at: usize| cpu[at].load(Ordering::Acquire);
                 counts.sectors[program] += field(0);
                 counts.unknown += field(1);
                 counts.outside += field(2);
                 counts.stale += field(3);
             }
         }
-        Ok(counts)
+        counts
     }
 
     /// How often the kernel skipped each program because it was already running on that CPU, all disks of the host.
@@ -325,7 +359,11 @@ impl Kernel {
 fn make(dir: &Path) -> Res<()> {
     fs::create_dir(dir).map_err(|e| Fault::io(dir.display().to_string(), &e))?;
     let load = || -> libbpf_rs::Result<()> {
-        let mut object = ObjectBuilder::default().name("doublure")?.open_memory(OBJECT)?.load()?;
+        let mut open = ObjectBuilder::default().name("doublure")?.open_memory(OBJECT)?;
+        for mut map in open.maps_mut().filter(|map| map.name() == "counters") {
+            map.set_max_entries(libbpf_rs::num_possible_cpus()? as u32 * MAX_VOLUMES * PROGRAMS as u32)?;
+        }
+        let mut object = open.load()?;
         for mut map in object.maps_mut() {
             let name = map.name().to_string_lossy().into_owned();
             if MAPS.contains(&name.as_str()) {
@@ -335,6 +373,9 @@ fn make(dir: &Path) -> Res<()> {
         for mut program in object.progs_mut() {
             let name = program.name().to_string_lossy().into_owned();
             program.pin(dir.join(&name))?;
+            if name == INSERT {
+                continue;
+            }
             let mut link = program.attach()?;
             link.pin(dir.join(format!("link_{name}")))?;
         }
@@ -503,7 +544,7 @@ mod tests {
 
     #[test]
     fn a_target_survives_the_kernel_layout() {
-        let target = Target { slot: 1, group: 2, diskseq: 3 << 33, blocks: 4 << 33, words: 5, summary_words: 6 };
+        let target = Target { slot: 1, group: 2, diskseq: 3 << 33, blocks: 4 << 33, words: 5, summary_words: 6, sparse: true };
         assert_eq!(Target::from_bytes(&target.to_bytes()), Some(target));
         assert_eq!(Target::from_bytes(&[0; 31]), None);
     }

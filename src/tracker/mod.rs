@@ -8,6 +8,7 @@
 mod grace;
 mod halves;
 mod kernel;
+mod leaves;
 mod notes;
 mod scratch;
 mod sysfs;
@@ -15,13 +16,15 @@ mod witness;
 
 use crate::host::DeviceIdentity;
 use crate::model::{BLOCK_BYTES, BlockSet, Code, Digest, Fault, GroupId, Position, Receipt, Res, Uuid, VolumeId};
-use crate::tracker::halves::{HALVES, HELD, Halves, REGIONS, words_for};
+use crate::tracker::halves::{HALVES, HELD, Halves, Shape, Words};
 use crate::tracker::kernel::{Kernel, MAX_VOLUMES, Target};
+use crate::tracker::leaves::{KernelLeaves, LeafStore};
 use crate::tracker::notes::{GroupNote, Stage, VolumeNote};
 use crate::tracker::sysfs::Disk;
 use crate::tracker::witness::Reading;
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Why a volume's set of changed blocks cannot be trusted; each leads to a full comparison.
@@ -187,10 +190,10 @@ impl Tracker {
         let active = u64::from(self.kernel.phase(self.group_slot(group)?)) % HALVES;
         let taken = (active + 1) % HALVES;
         for volume in self.members(group) {
-            volume.halves.give_back(HELD, active);
-            volume.halves.give_back(taken, active);
-            volume.halves.clear(HELD);
-            volume.halves.clear(taken);
+            volume.halves.give_back(HELD, active)?;
+            volume.halves.give_back(taken, active)?;
+            volume.halves.clear(HELD)?;
+            volume.halves.clear(taken)?;
         }
         Ok(())
     }
@@ -205,10 +208,10 @@ impl Tracker {
         let before = self.answer_lost_completions(group, active)?;
         let members = self.members(group);
         if steps >= 1 {
-            members.iter().for_each(|volume| volume.halves.give_back(taken, HELD));
+            members.iter().try_for_each(|volume| volume.halves.give_back(taken, HELD))?;
         }
         if steps >= 2 {
-            members.iter().for_each(|volume| volume.halves.clear(taken));
+            members.iter().try_for_each(|volume| volume.halves.clear(taken))?;
         }
         if steps >= 3 {
             self.kernel.set_phase(slot, phase.wrapping_add(1));
@@ -220,32 +223,38 @@ impl Tracker {
         Ok(())
     }
 
+    /// At most so many leaves (see `leaves`) in each region of volumes tracked from now on; 0 is not possible. For tests.
+    #[doc(hidden)]
+    pub fn limit_leaves(&mut self, most: u32) {
+        self.kernel.leaves.limit(most);
+    }
+
     /// The blocks taken by the last flip. Error: `VOLUME_UNKNOWN`.
     pub fn taken(&self, volume: VolumeId) -> Res<BlockSet> {
         let known = self.volume(volume)?;
-        Ok(known.halves.set_of(self.taken_half(known)?))
+        known.halves.take(self.taken_half(known)?)
     }
 
     /// The blocks dirtied since the last flip, so far. Error: `VOLUME_UNKNOWN`.
     pub fn active(&self, volume: VolumeId) -> Res<BlockSet> {
         let known = self.volume(volume)?;
-        Ok(known.halves.set_of(self.active_half(known)?))
+        known.halves.set_of(self.active_half(known)?)
     }
 
     /// Number of blocks dirtied since the last flip, so far. Error: `VOLUME_UNKNOWN`.
     pub fn active_blocks(&self, volume: VolumeId) -> Res<u64> {
         let known = self.volume(volume)?;
-        Ok(known.halves.count(self.active_half(known)?))
+        known.halves.count(self.active_half(known)?)
     }
 
     /// The blocks that were dirtied and have no receipt: active, taken or held. Error: `VOLUME_UNKNOWN`.
     pub fn dirty(&self, volume: VolumeId) -> Res<BlockSet> {
-        Ok(self.volume(volume)?.halves.set_of_any())
+        self.volume(volume)?.halves.set_of_any()
     }
 
     /// Number of blocks that were dirtied and have no receipt. Error: `VOLUME_UNKNOWN`.
     pub fn dirty_blocks(&self, volume: VolumeId) -> Res<u64> {
-        Ok(self.volume(volume)?.halves.count_in_any())
+        self.volume(volume)?.halves.count_in_any()
     }
 
     /// Sets bits in the active half (returned bits, repairs, a full comparison). Error: `VOLUME_UNKNOWN`; `INTERNAL` when
@@ -253,8 +262,7 @@ impl Tracker {
     pub fn mark(&mut self, volume: VolumeId, blocks: &BlockSet) -> Res<()> {
         let known = self.volume(volume)?;
         check_size(volume, known, blocks)?;
-        known.halves.insert(self.active_half(known)?, blocks);
-        Ok(())
+        known.halves.insert(self.active_half(known)?, blocks)
     }
 
     /// Clears what is taken and held of the group against the receipt of the generation that carried them, and remembers it as base.
@@ -280,8 +288,8 @@ impl Tracker {
             for volume in self.volumes.values_mut().filter(|volume| volume.claimed && volume.note.group == group) {
                 volume.note.cut_settled = volume.note.flip_settled;
                 self.kernel.set_volume_record(volume.slot, &volume.note.to_record())?;
-                volume.halves.clear(taken);
-                volume.halves.clear(HELD);
+                volume.halves.clear(taken)?;
+                volume.halves.clear(HELD)?;
             }
         }
         Ok(())
@@ -380,17 +388,21 @@ impl Tracker {
 
     /// The halves of a volume that was found in the pins; `None` when it is not whole.
     fn found_volume(&self, slot: u32, note: &VolumeNote) -> Option<Halves> {
-        let blocks = note.identity.size_bytes.div_ceil(BLOCK_BYTES);
-        let (words, summary) = words_for(blocks);
+        let shape = Shape::of(note.identity.size_bytes.div_ceil(BLOCK_BYTES));
         let whole = note.stage == Stage::Live && self.groups.contains_key(&note.group) && !self.volumes.contains_key(&note.id);
-        let shared = whole.then(|| self.kernel.found_bits(slot, REGIONS * (words + summary)))?;
+        let shared = whole.then(|| self.kernel.found_bits(slot, shape))?;
         match shared {
-            Ok(shared) => Some(Halves::new(shared, blocks)),
+            Ok(shared) => Some(self.halves(slot, shared, shape)),
             Err(fault) => {
                 tracing::warn!(volume = %note.id, %fault, "a volume's bits were not found whole: it begins afresh");
                 None
             }
         }
+    }
+
+    fn halves(&self, slot: u32, shared: Words, shape: Shape) -> Halves {
+        let leaves = || KernelLeaves::new(Arc::clone(&self.kernel.leaves), slot, shape.ranges());
+        Halves::new(shared, shape, shape.sparse.then(|| Box::new(leaves()) as Box<dyn LeafStore + Send>))
     }
 
     /// Makes a volume from nothing, in six steps. A death before the sixth leaves a slot that the next `open` clears.
@@ -433,8 +445,8 @@ impl Tracker {
         self.kernel.set_volume_record(slot, &note.to_record())?;
         // 3. Bits and counters, all zero.
         let blocks = device.size_bytes.div_ceil(BLOCK_BYTES);
-        let (words, summary_words) = words_for(blocks);
-        let made = self.kernel.make_bits(slot, REGIONS * (words + summary_words));
+        let shape = Shape::of(blocks);
+        let made = self.kernel.make_bits(slot, shape);
         let shared = made.inspect_err(|_| drop(self.clear_slot(slot)))?;
         // 4. The programs see the disk. A write that both kinds miss completed before this, so any later read sees it.
         let target = Target {
@@ -442,8 +454,9 @@ impl Tracker {
             group: group_slot,
             diskseq: device.diskseq,
             blocks,
-            words: words as u32,
-            summary_words: summary_words as u32,
+            words: shape.words as u32,
+            summary_words: shape.summary_words as u32,
+            sparse: shape.sparse,
         };
         self.kernel.set_target(device_key(device), target)?;
         // 5. Programs that looked the disk up before have ended; the accounts begin.
@@ -452,7 +465,8 @@ impl Tracker {
         // 6. The note is live.
         note.stage = Stage::Live;
         self.kernel.set_volume_record(slot, &note.to_record())?;
-        self.volumes.insert(volume, Volume { slot, note, halves: Halves::new(shared, blocks), claimed: true });
+        let halves = self.halves(slot, shared, shape);
+        self.volumes.insert(volume, Volume { slot, note, halves, claimed: true });
         Ok(())
     }
 
@@ -539,8 +553,8 @@ impl Tracker {
             let witness::Completions { lost, settled } = witness::completions(&known.note.reading(), known.note.answered, &now);
             if lost > 0 {
                 tracing::info!(volume = %id, sectors = lost, "completions were not seen: what has no receipt is taken once more");
-                known.halves.give_back(HELD, active);
-                known.halves.give_back((active + 1) % HALVES, active);
+                known.halves.give_back(HELD, active)?;
+                known.halves.give_back((active + 1) % HALVES, active)?;
             }
             let known = self.volume_mut(id)?;
             let was = known.note.clone();
@@ -592,9 +606,9 @@ impl Tracker {
 
     /// Both accounts of a disk: the kernel's first, the programs' afterwards.
     fn reading(&self, slot: u32, disk: &Disk) -> Res<Reading> {
-        let before = self.kernel.counts(slot)?;
+        let before = self.kernel.counts(slot);
         let stat_sectors = disk.sectors_changed()?;
-        let counts = self.kernel.counts(slot)?;
+        let counts = self.kernel.counts(slot);
         Ok(Reading { stat_sectors, counts, quiet: before == counts })
     }
 
@@ -603,10 +617,10 @@ impl Tracker {
     fn beginning(&self, slot: u32, disk: &Disk) -> Res<Reading> {
         let mut reading = Reading::default();
         for _ in 0..SETTLE_TRIES {
-            let counts = self.kernel.counts(slot)?;
+            let counts = self.kernel.counts(slot);
             std::thread::sleep(SETTLE);
             let stat_sectors = disk.sectors_changed()?;
-            reading = Reading { stat_sectors, counts, quiet: self.kernel.counts(slot)? == counts && disk.is_idle() };
+            reading = Reading { stat_sectors, counts, quiet: self.kernel.counts(slot) == counts && disk.is_idle() };
             if reading.quiet {
                 break;
             }
