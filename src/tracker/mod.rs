@@ -20,7 +20,7 @@ use crate::tracker::halves::{HALVES, HELD, Halves, Shape, Words};
 use crate::tracker::kernel::{Kernel, MAX_VOLUMES, Target};
 use crate::tracker::leaves::{KernelLeaves, LeafStore};
 use crate::tracker::notes::{GroupNote, Stage, VolumeNote};
-use crate::tracker::sysfs::Disk;
+use crate::tracker::sysfs::{Account, Disk};
 use crate::tracker::witness::Reading;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -59,6 +59,8 @@ struct Volume {
     slot: u32,
     note: VolumeNote,
     halves: Halves,
+    /// Its disk's statistics, kept open: a flip of a thousand volumes must not look up thousands of paths.
+    account: Option<Account>,
     /// Named by `track` in this life of the agent; a volume that was only found is carried along, but not believed.
     claimed: bool,
 }
@@ -81,6 +83,7 @@ impl Tracker {
     /// Opens the pinned programs and maps under `pin_dir` (on bpffs, mounted if it is not), or loads and pins them.
     /// Errors: `KERNEL_UNSUPPORTED` (no BTF, no BPF, no tracepoint; names which).
     pub fn open(pin_dir: &Path) -> Res<Tracker> {
+        sysfs::allow_many_files();
         let kernel = Kernel::open(pin_dir)?;
         let mut tracker = Tracker { kernel, groups: BTreeMap::new(), volumes: BTreeMap::new() };
         // A previous life may have died between the store of a phase and its grace period.
@@ -94,7 +97,9 @@ impl Tracker {
         for slot in 0..MAX_VOLUMES {
             let Some(note) = VolumeNote::from_record(&tracker.kernel.volume_record(slot)?) else { continue };
             match tracker.found_volume(slot, &note) {
-                Some(halves) => drop(tracker.volumes.insert(note.id, Volume { slot, note, halves, claimed: false })),
+                Some(halves) => {
+                    drop(tracker.volumes.insert(note.id, Volume { slot, note, halves, account: None, claimed: false }))
+                }
                 None => tracker.clear_slot(slot)?,
             }
         }
@@ -138,7 +143,7 @@ impl Tracker {
             return Err(Fault::new(Code::VolumeInUse, disk.device(), cause, "use one volume per device"));
         }
         if self.volumes.contains_key(&volume) {
-            match self.broken(group, volume, device)?.into_iter().next() {
+            match self.broken(group, volume, device, &self.programs()?)?.into_iter().next() {
                 None => {
                     self.volume_mut(volume)?.claimed = true;
                     return Ok(Continuity::Unbroken);
@@ -180,7 +185,13 @@ impl Tracker {
     /// 4. *Wait* a grace period, so that programs that read the old phase have set their bits. Died before its end:
     ///    `open` waits one before it does anything else.
     pub fn flip(&mut self, group: GroupId) -> Res<()> {
-        self.flip_until(group, 4)
+        self.flip_steps(&[group], 4)
+    }
+
+    /// Flips several groups with one grace period for all of them, each as [`Tracker::flip`] does: the four steps are gone through
+    /// together. They are cut at different instants, one after the other. Error: `GROUP_UNKNOWN`; then none was flipped.
+    pub fn flip_all(&mut self, groups: &[GroupId]) -> Res<()> {
+        self.flip_steps(groups, 4)
     }
 
     /// Gives every bit without a receipt (taken or held) back to the active half. Error: `GROUP_UNKNOWN`.
@@ -201,26 +212,7 @@ impl Tracker {
     /// The first `steps` of the four steps of [`Tracker::flip`]; fewer than four is what a death leaves behind. For tests.
     #[doc(hidden)]
     pub fn flip_until(&mut self, group: GroupId, steps: u32) -> Res<()> {
-        let slot = self.group_slot(group)?;
-        let phase = self.kernel.phase(slot);
-        let active = u64::from(phase) % HALVES;
-        let taken = (active + 1) % HALVES;
-        let before = self.answer_lost_completions(group, active)?;
-        let members = self.members(group);
-        if steps >= 1 {
-            members.iter().try_for_each(|volume| volume.halves.give_back(taken, HELD))?;
-        }
-        if steps >= 2 {
-            members.iter().try_for_each(|volume| volume.halves.clear(taken))?;
-        }
-        if steps >= 3 {
-            self.kernel.set_phase(slot, phase.wrapping_add(1));
-        }
-        if steps >= 4 {
-            self.grace_period()?;
-            self.begin_anew_in_quiet(before)?;
-        }
-        Ok(())
+        self.flip_steps(&[group], steps)
     }
 
     /// At most so many leaves (see `leaves`) in each region of volumes tracked from now on; 0 is not possible. For tests.
@@ -317,21 +309,21 @@ impl Tracker {
         let slot = self.group_slot(group)?;
         let mut note = self.group_note(slot)?;
         // Read before the accounts: what was missed until here is in the kernel's account by then, or not yet completed.
-        let misses = self.kernel.misses()?;
+        let programs = self.programs()?;
         let ids: Vec<VolumeId> =
             self.volumes.iter().filter(|(_, v)| v.claimed && v.note.group == group).map(|(id, _)| *id).collect();
         let mut doubts = Vec::new();
         for volume in ids {
             let reasons = match now.iter().find(|(id, _)| *id == volume) {
-                Some((_, device)) => self.broken(group, volume, device)?,
+                Some((_, device)) => self.broken(group, volume, device, &programs)?,
                 None => vec!["its device was not looked at".to_owned()],
             };
             doubts.extend(reasons.into_iter().map(|reason| Doubt { volume, reason }));
         }
         // Misses that were shown to concern nobody here need not be explained again. One copy standing still is not enough
         // for that: a bio may be missed by copy a before the misses are read and by copy b after it.
-        if doubts.is_empty() && note.misses != misses && self.all_proved_whole(group)? {
-            note.misses = misses;
+        if doubts.is_empty() && note.misses != programs.misses && self.all_proved_whole(group)? {
+            note.misses = programs.misses;
             self.kernel.set_group_record(slot, &note.to_record())?;
         }
         Ok(doubts)
@@ -357,7 +349,16 @@ impl Tracker {
     }
 }
 
+/// How the programs of the host stand at one moment.
+struct Programs {
+    misses: [u64; notes::PROGRAMS],
+    links: [bool; notes::PROGRAMS],
+}
+
 impl Tracker {
+    fn programs(&self) -> Res<Programs> {
+        Ok(Programs { misses: self.kernel.misses()?, links: self.kernel.links() })
+    }
     fn grace_period(&self) -> Res<()> {
         grace::wait(&self.kernel)
     }
@@ -466,7 +467,7 @@ impl Tracker {
         note.stage = Stage::Live;
         self.kernel.set_volume_record(slot, &note.to_record())?;
         let halves = self.halves(slot, shared, shape);
-        self.volumes.insert(volume, Volume { slot, note, halves, claimed: true });
+        self.volumes.insert(volume, Volume { slot, note, halves, account: None, claimed: true });
         Ok(())
     }
 
@@ -489,7 +490,8 @@ impl Tracker {
     }
 
     /// Every reason why the bits of a volume do not count; `device` = its identity as the caller reads it now.
-    fn broken(&self, group: GroupId, volume: VolumeId, device: &DeviceIdentity) -> Res<Vec<String>> {
+    /// `programs` was read just before: whatever they skipped until then shows in the accounts that are read here.
+    fn broken(&self, group: GroupId, volume: VolumeId, device: &DeviceIdentity, programs: &Programs) -> Res<Vec<String>> {
         let Some(known) = self.volumes.get(&volume) else { return Err(unknown_volume(volume)) };
         let mut reasons = Vec::new();
         if known.note.group != group {
@@ -510,12 +512,10 @@ impl Tracker {
         if !target.is_some_and(|target| target.slot == known.slot && target.diskseq == known.note.identity.diskseq) {
             reasons.push(format!("the programs no longer follow {} for it", disk.device()));
         }
-        // The misses first: whatever they skipped until now shows in the accounts that are read next.
-        let (then, misses) = (self.group_note(self.group_slot(known.note.group)?)?.misses, self.kernel.misses()?);
-        let links = self.kernel.links();
-        let now = self.reading(known.slot, &disk)?;
-        let detached = witness::broken_kinds(&then, &then, &links);
-        let mut skipped = witness::broken_kinds(&then, &misses, &links);
+        let (then, Programs { misses, links }) = (self.group_note(self.group_slot(known.note.group)?)?.misses, programs);
+        let now = self.reading(known.slot, || disk.sectors_changed())?;
+        let detached = witness::broken_kinds(&then, &then, links);
+        let mut skipped = witness::broken_kinds(&then, misses, links);
         if disk.keeps_account() {
             // Completions that were skipped are found by the kernel's account, and answered by the next flip.
             skipped.retain(|kind| *kind != "complete");
@@ -535,21 +535,57 @@ impl Tracker {
         Ok(reasons)
     }
 
+    /// See [`Tracker::flip`] and [`Tracker::flip_all`].
+    fn flip_steps(&mut self, groups: &[GroupId], steps: u32) -> Res<()> {
+        // A group that is named twice flips once: its taken half is cleared once.
+        let phases: BTreeMap<GroupId, (u32, u32)> = groups
+            .iter()
+            .map(|group| self.group_slot(*group).map(|slot| (*group, (slot, self.kernel.phase(slot)))))
+            .collect::<Res<_>>()?;
+        let half = |phase: u32| u64::from(phase) % HALVES;
+        let active_of = |volume: &Volume| phases.get(&volume.note.group).map(|(_, phase)| half(*phase));
+        let members: Vec<(VolumeId, u64)> =
+            self.volumes.iter().filter_map(|(id, volume)| Some((*id, active_of(volume)?))).collect();
+        let before = self.answer_lost_completions(&members)?;
+        let taken = || members.iter().map(|(id, active)| (&self.volumes[id].halves, (active + 1) % HALVES));
+        if steps >= 1 {
+            taken().try_for_each(|(halves, taken)| halves.give_back(taken, HELD))?;
+        }
+        if steps >= 2 {
+            taken().try_for_each(|(halves, taken)| halves.clear(taken))?;
+        }
+        if steps >= 3 {
+            phases.values().for_each(|(slot, phase)| self.kernel.set_phase(*slot, phase.wrapping_add(1)));
+        }
+        if steps >= 4 {
+            self.grace_period()?;
+            self.begin_anew_in_quiet(before)?;
+        }
+        Ok(())
+    }
+
     /// Looks for completions that no program saw. Where some are missing, everything without a receipt goes back to the
     /// active half, which the flip then takes: 1 the bits, 2 the note that says they were answered (died in between, they
     /// are answered twice). Gives the readings of the volumes whose accounts did not begin in quiet.
-    fn answer_lost_completions(&mut self, group: GroupId, active: u64) -> Res<Vec<(VolumeId, Reading)>> {
+    fn answer_lost_completions(&mut self, members: &[(VolumeId, u64)]) -> Res<Vec<(VolumeId, Reading)>> {
         let mut not_quiet = Vec::new();
-        let ids: Vec<VolumeId> =
-            self.volumes.iter().filter(|(_, v)| v.claimed && v.note.group == group).map(|(id, _)| *id).collect();
-        for id in ids {
-            let known = self.volume(id)?;
-            // A disk that is gone or another one is for `doubts` to name.
-            let Ok(disk) = Disk::find(known.note.identity.major, known.note.identity.minor) else { continue };
-            if disk.difference(&known.note.identity).is_some() {
+        for (id, active) in members.iter().copied() {
+            let known = self.volume_mut(id)?;
+            if !known.claimed {
                 continue;
             }
-            let now = self.reading(known.slot, &disk)?;
+            if !known.account.as_ref().is_some_and(|account| account.is_of(known.note.identity.diskseq)) {
+                known.account = None;
+                // A disk that is gone or another one is for `doubts` to name.
+                let Ok(disk) = Disk::find(known.note.identity.major, known.note.identity.minor) else { continue };
+                if disk.difference(&known.note.identity).is_some() {
+                    continue;
+                }
+                known.account = Some(disk.account()?);
+            }
+            let known = self.volume(id)?;
+            let Some(account) = &known.account else { continue };
+            let now = self.reading(known.slot, || account.sectors_changed())?;
             let witness::Completions { lost, settled } = witness::completions(&known.note.reading(), known.note.answered, &now);
             if lost > 0 {
                 tracing::info!(volume = %id, sectors = lost, "completions were not seen: what has no receipt is taken once more");
@@ -581,7 +617,7 @@ impl Tracker {
         for (id, then) in before {
             let known = self.volume(id)?;
             let Ok(disk) = Disk::find(known.note.identity.major, known.note.identity.minor) else { continue };
-            let (slot, now) = (known.slot, self.reading(known.slot, &disk)?);
+            let (slot, now) = (known.slot, self.reading(known.slot, || disk.sectors_changed())?);
             if then.quiet && then == now && disk.is_idle() {
                 let known = self.volume_mut(id)?;
                 known.note.take(&now);
@@ -597,7 +633,7 @@ impl Tracker {
     fn all_proved_whole(&self, group: GroupId) -> Res<bool> {
         for volume in self.members(group) {
             let Ok(disk) = Disk::find(volume.note.identity.major, volume.note.identity.minor) else { return Ok(false) };
-            if !witness::proved_whole(&volume.note.reading(), &self.reading(volume.slot, &disk)?) {
+            if !witness::proved_whole(&volume.note.reading(), &self.reading(volume.slot, || disk.sectors_changed())?) {
                 return Ok(false);
             }
         }
@@ -605,9 +641,9 @@ impl Tracker {
     }
 
     /// Both accounts of a disk: the kernel's first, the programs' afterwards.
-    fn reading(&self, slot: u32, disk: &Disk) -> Res<Reading> {
+    fn reading(&self, slot: u32, sectors_changed: impl FnOnce() -> Res<u64>) -> Res<Reading> {
         let before = self.kernel.counts(slot);
-        let stat_sectors = disk.sectors_changed()?;
+        let stat_sectors = sectors_changed()?;
         let counts = self.kernel.counts(slot);
         Ok(Reading { stat_sectors, counts, quiet: before == counts })
     }
