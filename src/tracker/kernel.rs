@@ -15,7 +15,7 @@ use libbpf_rs::libbpf_sys::bpf_map_create_opts;
 use libbpf_rs::{Link, MapCore, MapFlags, MapHandle, MapType, ObjectBuilder, Program};
 use memmap2::MmapOptions;
 use std::fs;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -331,14 +331,29 @@ impl Kernel {
     pub(super) fn misses(&self) -> Res<[u64; PROGRAMS]> {
         let mut misses = [0; PROGRAMS];
         for (miss, attached) in misses.iter_mut().zip(&self.attached) {
-            let path = format!("/proc/self/fdinfo/{}", attached.program.as_raw_fd());
-            let text = fs::read_to_string(&path).map_err(|e| Fault::io(path.as_str(), &e))?;
-            *miss = misses_in(&text).ok_or_else(|| {
+            *miss = number_in(&fd_info(attached.program.as_raw_fd())?, "recursion_misses:").ok_or_else(|| {
                 let next = "use a kernel from 5.12 on";
                 Fault::new(Code::KernelUnsupported, "the tracker's programs", "the kernel does not count skipped runs", next)
             })?;
         }
         Ok(misses)
+    }
+    /// Runs of each program and the nanoseconds they took together; zero unless `kernel.bpf_stats_enabled` is set.
+    pub(super) fn run_stats(&self) -> Res<[(u64, u64); PROGRAMS]> {
+        let mut stats = [(0, 0); PROGRAMS];
+        for (stat, attached) in stats.iter_mut().zip(&self.attached) {
+            let text = fd_info(attached.program.as_raw_fd())?;
+            let field = |name| number_in(&text, name).unwrap_or(0);
+            *stat = (field("run_cnt:"), field("run_time_ns:"));
+        }
+        Ok(stats)
+    }
+    /// Kernel memory of the bits of a slot, in bytes, by the kernel's own account (all of it from 6.4 on).
+    pub(super) fn memory_of(&self, slot: u32) -> Res<u64> {
+        let path = self.bits_path(slot);
+        let bits = MapHandle::from_pinned_path(&path).map_err(|e| fault_of(&format!("pinned map {}", path.display()), &e))?;
+        let maps = std::iter::once(bits).chain(self.leaves.maps_of(slot)?);
+        maps.map(|map| Ok(number_in(&fd_info(map.as_fd().as_raw_fd())?, "memlock:").unwrap_or(0))).sum()
     }
     /// Which programs are still attached by the link that was pinned for them.
     pub(super) fn links(&self) -> [bool; PROGRAMS] {
@@ -445,9 +460,15 @@ fn write_record(map: &MapHandle, at: u32, record: &Record) -> Res<()> {
     map.update(&at.to_ne_bytes(), record, MapFlags::ANY).map_err(|e| fault_of("the tracker's notes", &e))
 }
 
-/// The count of skipped runs in a program's `fdinfo`.
-fn misses_in(text: &str) -> Option<u64> {
-    text.lines().find_map(|line| line.strip_prefix("recursion_misses:"))?.trim().parse().ok()
+/// What the kernel says of a program or map of ours.
+fn fd_info(fd: RawFd) -> Res<String> {
+    let path = format!("/proc/self/fdinfo/{fd}");
+    fs::read_to_string(&path).map_err(|e| Fault::io(path.as_str(), &e))
+}
+
+/// The number after `name` in an `fdinfo`.
+fn number_in(text: &str, name: &str) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix(name))?.trim().parse().ok()
 }
 
 /// `v<number>-<16 hexadecimal digits>`.
@@ -537,9 +558,11 @@ mod tests {
     }
 
     #[test]
-    fn the_misses_are_read_by_name() {
-        assert_eq!(misses_in("pos:\t0\nrun_cnt:\t9\nrecursion_misses:\t12\nverified_insns:\t3\n"), Some(12));
-        assert_eq!(misses_in("pos:\t0\n"), None);
+    fn numbers_are_read_by_name() {
+        let text = "pos:\t0\nrun_cnt:\t9\nrecursion_misses:\t12\nverified_insns:\t3\n";
+        assert_eq!(number_in(text, "recursion_misses:"), Some(12));
+        assert_eq!(number_in(text, "run_cnt:"), Some(9));
+        assert_eq!(number_in("pos:\t0\n", "recursion_misses:"), None);
     }
 
     #[test]

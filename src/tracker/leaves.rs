@@ -115,6 +115,10 @@ impl LeafMaps {
     pub(super) fn are_there(&self, slot: u32) -> Res<bool> {
         Ok(self.region(slot, 0)?.is_some() && self.region(slot, 1)?.is_some())
     }
+    /// The maps of a volume that are there.
+    pub(super) fn maps_of(&self, slot: u32) -> Res<Vec<MapHandle>> {
+        (0..REGIONS).filter_map(|region| self.region(slot, region).transpose()).collect()
+    }
     /// Takes a volume's maps out of the programs' sight; the kernel frees them.
     pub(super) fn drop_all(&self, slot: u32) -> Res<()> {
         for region in 0..REGIONS {

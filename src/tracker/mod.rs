@@ -221,6 +221,18 @@ impl Tracker {
         self.kernel.leaves.limit(most);
     }
 
+    /// Runs of each program and the nanoseconds they took together, since they were loaded and while `kernel.bpf_stats_enabled` was
+    /// set. For measurements.
+    #[doc(hidden)]
+    pub fn run_stats(&self) -> Res<Vec<(u64, u64)>> {
+        Ok(self.kernel.run_stats()?.to_vec())
+    }
+
+    /// Kernel memory of a volume's bits in bytes, by the kernel's own account; before 6.4 it counts less. Error: `VOLUME_UNKNOWN`.
+    pub fn memory_bytes(&self, volume: VolumeId) -> Res<u64> {
+        self.kernel.memory_of(self.volume(volume)?.slot)
+    }
+
     /// The blocks taken by the last flip. Error: `VOLUME_UNKNOWN`.
     pub fn taken(&self, volume: VolumeId) -> Res<BlockSet> {
         let known = self.volume(volume)?;
