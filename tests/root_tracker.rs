@@ -1002,8 +1002,7 @@ fn marks_and_writes_in_the_same_leaves_lose_nothing() {
 fn where_no_leaf_can_be_made_the_whole_range_is_dirty() {
     const RANGE: u64 = 56 * 64;
     let (pins, device) = (Pins::new("refused"), Loop::new(TIB));
-    let mut tracker = Tracker::open(&pins.0).unwrap();
-    tracker.limit_leaves(100);
+    let mut tracker = Tracker::open_with(&pins.0, Some(100)).unwrap();
     assert_eq!(tracker.track(GROUP, VOLUME, &device.identity()).unwrap(), Continuity::Fresh);
     let blocks = device.blocks();
     let rounded = |set: &BlockSet| {

@@ -20,8 +20,8 @@
 // A summary bit stands for a page of 512 words; it is set before the first bit of its page, never after.
 //
 // A small volume has a bit of `words` for each block. A large one (`sparse`) has a bit for each range of LEAF_BLOCKS blocks, the
-// coarse level, and the blocks' bits in leaves, which are made when they are needed: per region a hash map from the number of
-// the range to its leaf. Its own map goes on with [half 0: words] [half 1: words] [held: words]: ranges all of whose blocks are
+// coarse level, and the blocks' bits in leaves, which are made when they are needed: one hash map for all volumes, from slot, region
+// and number of the range to the leaf. The volume's own map goes on with [half 0: words] [half 1: words] [held: words]: ranges all of whose blocks are
 // dirty, because one write covered them or because no leaf could be made (doubt means dirty).
 // The summary bit is set before the coarse bit, the coarse bit before the leaf is made: a leaf that is there needs no look at
 // either. Leaves of the active half are made and never removed; user space removes those of the others, which no program uses.
@@ -41,7 +41,9 @@ enum { UPDATE_NOEXIST = 1 };
 
 static void *(*bpf_map_lookup_elem)(void *map, const void *key) = (void *)1;
 static long (*bpf_map_update_elem)(void *map, const void *key, const void *value, u64 flags) = (void *)2;
+static long (*bpf_map_delete_elem)(void *map, const void *key) = (void *)3;
 static u32 (*bpf_get_smp_processor_id)(void) = (void *)8;
+static long (*bpf_for_each_map_elem)(void *map, void *callback, void *ctx, u64 flags) = (void *)164;
 static long (*bpf_loop)(u32 nr, void *callback, void *ctx, u64 flags) = (void *)181;
 
 // Only the fields that are read; the loader relocates them against the running kernel's BTF.
@@ -95,10 +97,10 @@ struct volume {
 struct leaf {
 	u64 words[LEAF_WORDS];
 };
-// User space asks for bits in a leaf.
+// User space sets, reads or removes a leaf.
 struct letter {
 	u32 range;
-	u32 refused; // set by the program: there is no leaf and none could be made
+	u32 absent; // set by the program: there is no leaf, or none could be made
 	struct leaf leaf;
 };
 struct group {
@@ -146,19 +148,12 @@ struct {
 	__array(values, struct bits_map);
 } bits SEC(".maps");
 
-struct leaves_map {
-	__uint(type, MAP_HASH);
-	__uint(max_entries, 1);
-	__uint(map_flags, F_NO_PREALLOC);
-	__type(key, u32); // number of the range
-	__type(value, struct leaf);
-};
-
 struct {
-	__uint(type, MAP_ARRAY_OF_MAPS);
-	__uint(max_entries, MAX_VOLUMES * REGIONS);
-	__type(key, u32); // slot * REGIONS + region
-	__array(values, struct leaves_map);
+	__uint(type, MAP_HASH);
+	__uint(max_entries, 1 << 17); // the loader chooses by the memory of the machine
+	__uint(map_flags, F_NO_PREALLOC);
+	__type(key, u64); // see leaf_key()
+	__type(value, struct leaf);
 } leaves SEC(".maps");
 
 // A leaf without bits, to make others of.
@@ -284,14 +279,12 @@ struct leaf_walk {
 	u32 failed;
 };
 
-static inline_always void *leaves_of(u32 slot, u32 region)
+static inline_always u64 leaf_key(u32 slot, u32 region, u32 range)
 {
-	u32 at = slot * REGIONS + region;
-
-	return bpf_map_lookup_elem(&leaves, &at);
+	return (u64)(slot * REGIONS + region) << 32 | range;
 }
 
-static inline_always struct leaf *make_leaf(void *map, u32 range)
+static inline_always struct leaf *make_leaf(u64 key)
 {
 	u32 zero = 0;
 	struct leaf *empty = bpf_map_lookup_elem(&blank, &zero);
@@ -299,15 +292,15 @@ static inline_always struct leaf *make_leaf(void *map, u32 range)
 	if (!empty)
 		return 0;
 	// Refused where another CPU was faster, and where there is no memory or no room: the look tells.
-	bpf_map_update_elem(map, &range, empty, UPDATE_NOEXIST);
-	return bpf_map_lookup_elem(map, &range);
+	bpf_map_update_elem(&leaves, &key, empty, UPDATE_NOEXIST);
+	return bpf_map_lookup_elem(&leaves, &key);
 }
 
 // The first write to a range since its half became active, or one that covers the whole of it.
 static __attribute__((noinline)) struct leaf *first_in_range(struct leaf_walk *walk, u32 range, u32 covered)
 {
 	u32 slot = walk->slot, region = walk->region, word = range >> 6, at;
-	void *map = bpf_map_lookup_elem(&bits, &slot), *in;
+	void *map = bpf_map_lookup_elem(&bits, &slot);
 	u64 bit = 1ULL << (range & 63), *whole;
 	struct leaf *leaf;
 
@@ -324,12 +317,9 @@ static __attribute__((noinline)) struct leaf *first_in_range(struct leaf_walk *w
 		goto failed;
 	if (*whole & bit)
 		return 0;
-	in = covered ? 0 : leaves_of(slot, region);
-	if (in) {
-		leaf = make_leaf(in, range);
-		if (leaf)
-			return leaf;
-	}
+	leaf = covered ? 0 : make_leaf(leaf_key(slot, region, range));
+	if (leaf)
+		return leaf;
 	__sync_fetch_and_or(whole, bit);
 	return 0;
 failed:
@@ -343,13 +333,13 @@ static long mark_leaf(u32 index, struct leaf_walk *walk)
 	u32 first = walk->first >> 6, last = walk->last >> 6, range = first / LEAF_WORDS + index;
 	u32 base = range * LEAF_WORDS, from = first > base ? first - base : 0, to = last - base, at;
 	u64 head = ~0ULL << (walk->first & 63), tail = ~0ULL >> (63 - (walk->last & 63)), mask;
-	void *map = leaves_of(walk->slot, walk->region);
+	u64 key = leaf_key(walk->slot, walk->region, range);
 	struct leaf *leaf = 0;
 	int covered = (first < base || (first == base && head == ~0ULL)) &&
 		      (to >= LEAF_WORDS || (to == LEAF_WORDS - 1 && tail == ~0ULL));
 
-	if (map && !covered)
-		leaf = bpf_map_lookup_elem(map, &range);
+	if (!covered)
+		leaf = bpf_map_lookup_elem(&leaves, &key);
 	if (!leaf)
 		leaf = first_in_range(walk, range, covered);
 	if (!leaf)
@@ -399,48 +389,101 @@ __attribute__((noinline)) int mark_leaves(u32 slot, u32 region, u64 shape, u64 f
 	return walk.failed;
 }
 
-struct insertion {
+enum { WORK_INSERT, WORK_READ, WORK_REMOVE, WORK_FORGET };
+struct work {
+	u32 what;
 	u32 slot;
 	u32 region;
 	u32 letters;
 };
 
-static long insert_letter(u32 index, struct insertion *in)
+static long insert_letter(u32 index, struct work *work)
 {
 	struct letter *letter = bpf_map_lookup_elem(&inbox, &index);
-	void *map = leaves_of(in->slot, in->region);
-	struct leaf *leaf = 0;
-	u32 range, at;
-	u64 mask;
+	struct leaf *leaf;
+	u64 key, bits;
+	u32 at;
 
 	if (!letter)
 		return 1;
-	range = letter->range;
-	if (map) {
-		leaf = bpf_map_lookup_elem(map, &range);
-		if (!leaf)
-			leaf = make_leaf(map, range);
-	}
-	letter->refused = !leaf;
+	key = leaf_key(work->slot, work->region, letter->range);
+	leaf = bpf_map_lookup_elem(&leaves, &key);
+	if (!leaf)
+		leaf = make_leaf(key);
+	letter->absent = !leaf;
 	if (!leaf)
 		return 0;
 	for (at = 0; at < LEAF_WORDS; at++) {
-		mask = letter->leaf.words[at];
-		if (mask)
-			__sync_fetch_and_or(&leaf->words[at], mask);
+		bits = letter->leaf.words[at];
+		if (bits)
+			__sync_fetch_and_or(&leaf->words[at], bits);
 	}
 	return 0;
 }
 
-// Sets the bits of the first `letters` letters of the inbox. User space calls it: its own update of a hash map's element would
-// replace the element, and with it what a program on another CPU is setting at that moment.
-SEC("syscall") int insert(struct insertion *asked)
+static long read_letter(u32 index, struct work *work)
 {
-	struct insertion in = { .slot = asked->slot, .region = asked->region, .letters = asked->letters };
+	struct letter *letter = bpf_map_lookup_elem(&inbox, &index);
+	struct leaf *leaf;
+	u64 key;
+	u32 at;
 
-	if (in.letters > INBOX_LEAVES)
+	if (!letter)
 		return 1;
-	return bpf_loop(in.letters, insert_letter, &in, 0) != in.letters;
+	key = leaf_key(work->slot, work->region, letter->range);
+	leaf = bpf_map_lookup_elem(&leaves, &key);
+	letter->absent = !leaf;
+	if (!leaf)
+		return 0;
+	for (at = 0; at < LEAF_WORDS; at++)
+		letter->leaf.words[at] = *(volatile u64 *)&leaf->words[at];
+	return 0;
+}
+
+static long remove_letter(u32 index, struct work *work)
+{
+	struct letter *letter = bpf_map_lookup_elem(&inbox, &index);
+	u64 key;
+
+	if (!letter)
+		return 1;
+	key = leaf_key(work->slot, work->region, letter->range);
+	bpf_map_delete_elem(&leaves, &key);
+	return 0;
+}
+
+static long forget_leaf(void *map, u64 *key, struct leaf *leaf, struct work *work)
+{
+	u64 own = *key;
+
+	if ((u32)(own >> 32) / REGIONS == work->slot)
+		bpf_map_delete_elem(&leaves, &own);
+	return 0;
+}
+
+// Leaves as user space needs them: the first `letters` letters of the inbox, or all leaves of a slot. Bits are set here because an
+// update of a hash map's element by a system call replaces the element, and with it what a program on another CPU sets at
+// that moment.
+SEC("syscall") int leaf_work(struct work *asked)
+{
+	struct work work = {
+		.what = asked->what, .slot = asked->slot, .region = asked->region, .letters = asked->letters,
+	};
+	u32 letters = work.letters;
+
+	if (letters > INBOX_LEAVES)
+		return 1;
+	switch (work.what) {
+	case WORK_INSERT:
+		return bpf_loop(letters, insert_letter, &work, 0) != letters;
+	case WORK_READ:
+		return bpf_loop(letters, read_letter, &work, 0) != letters;
+	case WORK_REMOVE:
+		return bpf_loop(letters, remove_letter, &work, 0) != letters;
+	case WORK_FORGET:
+		return bpf_for_each_map_elem(&leaves, forget_leaf, &work, 0) < 0;
+	}
+	return 1;
 }
 
 static inline_always struct volume *find(struct gendisk *disk)

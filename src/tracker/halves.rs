@@ -54,10 +54,6 @@ impl Shape {
     pub(super) fn map_words(self) -> u64 {
         REGIONS * (self.words * (1 + u64::from(self.sparse)) + self.summary_words)
     }
-    /// Number of ranges of a volume with leaves.
-    pub(super) fn ranges(self) -> u64 {
-        self.blocks.div_ceil(LEAF_BLOCKS)
-    }
     fn run_of(self, range: u32) -> BlockRun {
         let start = u64::from(range) * LEAF_BLOCKS;
         BlockRun { start, count: LEAF_BLOCKS.min(self.blocks.saturating_sub(start)) }
@@ -201,12 +197,7 @@ impl Halves {
         };
         let coarse = self.coarse(region);
         let mut count: u64 = coarse.whole.iter().map(|range| self.shape.run_of(*range).count).sum();
-        leaves.read(region, &coarse.in_leaves, &mut |range, leaf| {
-            // A range that is dirty as a whole may have a leaf beside; it is counted once.
-            if coarse.whole.binary_search(&range).is_err() {
-                count += leaf.iter().map(|word| u64::from(word.count_ones())).sum::<u64>();
-            }
-        })?;
+        leaves.read(region, &coarse.in_leaves, &mut |_, leaf| count += ones_in(leaf))?;
         Ok(count)
     }
     /// Sets every bit of region `from` in region `to` too. `from` stays as it is.
@@ -301,7 +292,7 @@ impl Halves {
         Ok(())
     }
     fn is_full(&self, range: u32, leaf: &Leaf) -> bool {
-        leaf.iter().map(|word| u64::from(word.count_ones())).sum::<u64>() == self.shape.run_of(range).count
+        ones_in(leaf) == self.shape.run_of(range).count
     }
     fn set_whole(&self, region: u64, range: u32) {
         self.set_word(region, u64::from(range) / 64, 1 << (range % 64));
@@ -320,10 +311,14 @@ impl Halves {
     }
 }
 
+fn ones_in(leaf: &Leaf) -> u64 {
+    leaf.iter().map(|word| u64::from(word.count_ones())).sum()
+}
+
 /// The ranges of a region that may have a bit, ascending.
 #[derive(Default)]
 struct Coarse {
-    /// Dirty as a whole.
+    /// Dirty as a whole; a leaf beside it adds nothing.
     whole: Vec<u32>,
     /// The others: what their leaves say.
     in_leaves: Vec<u32>,
@@ -372,7 +367,7 @@ mod tests {
         }
         fn remove(&self, region: u64, ranges: &[u32]) -> Res<()> {
             let mut regions = self.regions.lock().unwrap();
-            ranges.iter().for_each(|range| drop(regions[region as usize].remove(range)));
+            regions[region as usize].retain(|range, _| !ranges.contains(range));
             Ok(())
         }
     }

@@ -7,7 +7,7 @@
 
 use crate::model::{Code, Fault, Res};
 use crate::tracker::halves::{Shape, Words};
-use crate::tracker::leaves::LeafMaps;
+use crate::tracker::leaves::{INBOX_WORDS, Leaves, most_leaves};
 use crate::tracker::notes::{HostNote, NOTE_BYTES, PROGRAMS, Record};
 use crate::tracker::sysfs::boot_id;
 use crate::tracker::witness::{Counts, NAMES};
@@ -31,7 +31,7 @@ const SPARE_SLOT: u32 = MAX_VOLUMES;
 /// Maps that are pinned under their own names.
 const MAPS: [&str; 9] = ["volumes", "groups", "bits", "leaves", "inbox", "counters", "host_note", "group_notes", "volume_notes"];
 /// The program that user space calls; no event runs it.
-const INSERT: &str = "insert";
+const LEAF_WORK: &str = "leaf_work";
 /// Words of a `struct counters`.
 const COUNTER_WORDS: usize = 4;
 /// The magic number of bpffs in `statfs(2)`.
@@ -93,7 +93,8 @@ pub(super) struct Kernel {
     volumes: MapHandle,
     bits: MapHandle,
     /// Of all volumes that have leaves.
-    pub(super) leaves: Arc<LeafMaps>,
+    pub(super) leaves: Arc<Leaves>,
+    leaves_map: MapHandle,
     counters: Words,
     host_note: MapHandle,
     group_notes: MapHandle,
@@ -134,7 +135,8 @@ fn object_hash() -> u64 {
 
 impl Kernel {
     /// Finds the pins under `pin_dir` whole, or takes down what is there and makes them.
-    pub(super) fn open(pin_dir: &Path) -> Res<Kernel> {
+    /// New ones have room for `leaves` leaves; as many as the machine's memory allows when it is `None`.
+    pub(super) fn open(pin_dir: &Path, leaves: Option<u32>) -> Res<Kernel> {
         if !Path::new("/sys/kernel/btf/vmlinux").exists() {
             let next = "use a kernel built with CONFIG_DEBUG_INFO_BTF (every current distribution's is)";
             return Err(Fault::new(
@@ -164,7 +166,7 @@ impl Kernel {
                 }
             }
         }
-        make(&dir)?;
+        make(&dir, leaves.unwrap_or_else(|| most_leaves(memory_bytes())))?;
         Kernel::found(&dir)
     }
 
@@ -178,9 +180,10 @@ impl Kernel {
         let [host_note, group_notes, volume_notes] = [open("host_note")?, open("group_notes")?, open("volume_notes")?];
         let attached = NAMES.iter().map(|name| attached_at(dir, name)).collect::<Res<Vec<_>>>()?;
         let groups = map_words(&groups, u64::from(MAX_VOLUMES))?;
-        let inbox = map_words(&open("inbox")?, LeafMaps::inbox_words())?;
-        let insert = Program::fd_from_pinned_path(dir.join(INSERT)).map_err(|e| fault_of("the pinned program insert", &e))?;
-        let leaves = Arc::new(LeafMaps::new(open("leaves")?, inbox, insert));
+        let inbox = map_words(&open("inbox")?, INBOX_WORDS)?;
+        let work = Program::fd_from_pinned_path(dir.join(LEAF_WORK));
+        let work = work.map_err(|e| fault_of(&format!("the pinned program {LEAF_WORK}"), &e))?;
+        let (leaves, leaves_map) = (Arc::new(Leaves::new(work, inbox)), open("leaves")?);
         let counters = map_words(&counters, u64::from(counters.max_entries()) * COUNTER_WORDS as u64)?;
         let spare = new_bits(1)?;
         let kernel = Kernel {
@@ -188,6 +191,7 @@ impl Kernel {
             volumes,
             bits,
             leaves,
+            leaves_map,
             counters,
             host_note,
             group_notes,
@@ -265,7 +269,7 @@ impl Kernel {
     fn bits_path(&self, slot: u32) -> PathBuf {
         self.dir.join(format!("bits_{slot}"))
     }
-    /// Makes, pins and installs the map of a slot, all zero, its leaves, none, and its counters, all zero.
+    /// Makes, pins and installs the map of a slot, all zero, and its counters, all zero. Its leaves went with its last volume.
     pub(super) fn make_bits(&self, slot: u32, shape: Shape) -> Res<Words> {
         let words = shape.map_words();
         let mut map = new_bits(words)?;
@@ -273,9 +277,6 @@ impl Kernel {
         map.pin(&path).map_err(|e| fault_of(&format!("pinning {}", path.display()), &e))?;
         let done = self.bits.update(&slot.to_ne_bytes(), &map.as_fd().as_raw_fd().to_ne_bytes(), MapFlags::ANY);
         done.map_err(|e| fault_of("the table of bitmaps", &e))?;
-        if shape.sparse {
-            self.leaves.make(slot, shape.ranges())?;
-        }
         for program in 0..PROGRAMS {
             self.counters_of(slot, program).flatten().for_each(|word| word.store(0, Ordering::Relaxed));
         }
@@ -287,26 +288,23 @@ impl Kernel {
         let own = slot as usize * PROGRAMS + program;
         self.counters.all().chunks_exact(COUNTER_WORDS).skip(own).step_by(per_cpu)
     }
-    /// The pinned map of a slot; an error when it or its leaves are not there or it has another length than `shape`.
+    /// The pinned map of a slot; an error when it is not there or has another length than `shape`.
     pub(super) fn found_bits(&self, slot: u32, shape: Shape) -> Res<Words> {
         let (path, words) = (self.bits_path(slot), shape.map_words());
         let map = MapHandle::from_pinned_path(&path).map_err(|e| fault_of(&format!("pinned map {}", path.display()), &e))?;
         if u64::from(map.max_entries()) != words {
             return Err(Fault::internal(path.display().to_string(), format!("it has {} words, not {words}", map.max_entries())));
         }
-        if shape.sparse && !self.leaves.are_there(slot)? {
-            return Err(Fault::internal(path.display().to_string(), "its leaves are not there"));
-        }
         map_words(&map, words)
     }
-    /// Takes the map of a slot out of the programs' sight and unpins it.
+    /// Removes the leaves of a slot that no program uses any more, takes its map out of their sight and unpins it.
     pub(super) fn drop_bits(&self, slot: u32) -> Res<()> {
+        self.leaves.forget(slot)?;
         if let Err(error) = self.bits.delete(&slot.to_ne_bytes())
             && error.kind() != libbpf_rs::ErrorKind::NotFound
         {
             return Err(fault_of("the table of bitmaps", &error));
         }
-        self.leaves.drop_all(slot)?;
         match fs::remove_file(self.bits_path(slot)) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Fault::io("unpinning a bitmap", &error)),
             _ => Ok(()),
@@ -348,12 +346,12 @@ impl Kernel {
         }
         Ok(stats)
     }
-    /// Kernel memory of the bits of a slot, in bytes, by the kernel's own account (all of it from 6.4 on).
-    pub(super) fn memory_of(&self, slot: u32) -> Res<u64> {
+    /// Kernel memory of the bits of a slot and of the leaves of all slots, in bytes, by the kernel's own account.
+    pub(super) fn memory_of(&self, slot: u32) -> Res<(u64, u64)> {
         let path = self.bits_path(slot);
         let bits = MapHandle::from_pinned_path(&path).map_err(|e| fault_of(&format!("pinned map {}", path.display()), &e))?;
-        let maps = std::iter::once(bits).chain(self.leaves.maps_of(slot)?);
-        maps.map(|map| Ok(number_in(&fd_info(map.as_fd().as_raw_fd())?, "memlock:").unwrap_or(0))).sum()
+        let of = |map: &MapHandle| Ok(number_in(&fd_info(map.as_fd().as_raw_fd())?, "memlock:").unwrap_or(0));
+        Ok((of(&bits)?, of(&self.leaves_map)?))
     }
     /// Which programs are still attached by the link that was pinned for them.
     pub(super) fn links(&self) -> [bool; PROGRAMS] {
@@ -371,12 +369,16 @@ impl Kernel {
 /// 3. The host note is written.
 ///
 /// A death before 3 leaves pins that [`Kernel::found`] refuses and the next start takes down; no volume is tracked before 3.
-fn make(dir: &Path) -> Res<()> {
+fn make(dir: &Path, most: u32) -> Res<()> {
     fs::create_dir(dir).map_err(|e| Fault::io(dir.display().to_string(), &e))?;
     let load = || -> libbpf_rs::Result<()> {
         let mut open = ObjectBuilder::default().name("doublure")?.open_memory(OBJECT)?;
-        for mut map in open.maps_mut().filter(|map| map.name() == "counters") {
-            map.set_max_entries(libbpf_rs::num_possible_cpus()? as u32 * MAX_VOLUMES * PROGRAMS as u32)?;
+        for mut map in open.maps_mut() {
+            if map.name() == "counters" {
+                map.set_max_entries(libbpf_rs::num_possible_cpus()? as u32 * MAX_VOLUMES * PROGRAMS as u32)?;
+            } else if map.name() == "leaves" {
+                map.set_max_entries(most)?;
+            }
         }
         let mut object = open.load()?;
         for mut map in object.maps_mut() {
@@ -388,7 +390,7 @@ fn make(dir: &Path) -> Res<()> {
         for mut program in object.progs_mut() {
             let name = program.name().to_string_lossy().into_owned();
             program.pin(dir.join(&name))?;
-            if name == INSERT {
+            if name == LEAF_WORK {
                 continue;
             }
             let mut link = program.attach()?;
@@ -421,6 +423,13 @@ fn attached_at(dir: &Path, name: &str) -> Res<Attached> {
         true => Ok(Attached { program, program_id: u64::from(id), link_id: u64::from(link.id) }),
         false => Err(Fault::internal(format!("pinned program {name}"), "its link attaches another program")),
     }
+}
+
+/// Bytes of memory of the machine.
+fn memory_bytes() -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+    line.and_then(|rest| rest.trim().strip_suffix(" kB")?.parse::<u64>().ok()).unwrap_or(0) << 10
 }
 
 /// A new inner map of `words` words.

@@ -1,34 +1,36 @@
 //! Leaves: the bits of a large volume's blocks, made where something was written.
 //!
-//! A volume with leaves is divided into ranges of [`LEAF_BLOCKS`] blocks (14 MiB). Each region of its bits (two halves and what is
-//! held) has a hash map from a range's number to the range's bits, the leaf. Programs make leaves in the active half; they
-//! allocate from the kernel's BPF allocator, which serves any context, and fall back to "the whole range is dirty".
+//! A volume with leaves is divided into ranges of [`LEAF_BLOCKS`] blocks (14 MiB). One hash map of the host has the bits of each
+//! range that was written, the leaf, by slot, region (two halves and what is held) and number of the range. Programs make
+//! leaves in the active half; they allocate from the kernel's BPF allocator, which serves any context, and where it cannot, or
+//! the map is full, the whole range is dirty.
 //!
 //! Memory of one leaf: header of a hash element 48 bytes, key 8, link of the allocator 8, bits 448 = 512, a size class of the
-//! kernel's allocator. A TiB has 74,899 ranges: 36.6 MiB of leaves if all of it is written in places. The buckets are
-//! allocated with the map, 16 bytes for each entry that it may have, rounded up to a power of two; so a map has room for at most
-//! [`MOST_LEAVES`] = 131,072 leaves (1.75 TiB written all over within one phase; buckets 2 MiB), past which whole ranges are dirty.
+//! kernel's allocator. A TiB has 74,899 ranges: 36.6 MiB of leaves if it is written all over. The map's buckets are allocated with
+//! it, 16 bytes for each leaf that it may have: 2 to 32 MiB once per host (see [`most_leaves`]), none per volume.
 //!
 //! Why no bit is lost to the reuse of an element. The kernel's allocator may give a deleted element to the next insertion at
 //! once, without waiting for programs that still hold a pointer into it; a program that did would set its bit in another range's leaf.
-//! 1. Programs look leaves up in the active half alone, and every region has a map, and so elements, of its own.
+//! 1. Programs look up leaves of the active half alone.
 //! 2. Leaves are removed only from a half that is not active, or from what is held. When a half ceases to be active, a
 //!    grace period is waited for before anything else is done with it (`flip`; `open`, for a life that died in between), after
 //!    which no program holds a pointer into it.
-//! 3. In the active half no leaf is ever removed or replaced: user space has bits set there by a program too (`insert`), because an
+//! 3. In the active half no leaf is ever removed or replaced: user space has bits set there by a program too, because an
 //!    update by system call would replace the element under the programs.
-//! 4. `begin` makes new maps, and `clear_slot` drops the maps only after the programs forgot the disk and a grace period;
-//!    the kernel frees a dropped map after one of its own.
+//! 4. `clear_slot` removes a volume's leaves only after the programs forgot the disk and a grace period, and a slot is free only after
+//!    that: `begin` finds none. (A leaf that was left behind would have no coarse bit.)
+//! 5. A program that walks a bucket may stand on an element that is removed and used again under it. Then it ends in another
+//!    bucket, sees so by the list's end mark, and begins again; or it sees the new key, which the kernel writes before and the hash,
+//!    which it compares too, after the bits were zeroed. (That order is the processor's where it keeps stores in order. Where
+//!    not, two first writes to a range and a removal in the same bucket within nanoseconds could lose the bit of one
+//!    program run; the block's other three runs, two of them at completion, set it again.)
 
 use crate::model::{Code, Fault, Res};
-use crate::tracker::halves::{HALVES, REGIONS, Words};
-use crate::tracker::kernel::fault_of;
-use libbpf_rs::libbpf_sys::{self, bpf_map_batch_opts, bpf_map_create_opts, bpf_test_run_opts};
-use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
+use crate::tracker::halves::Words;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Words of one leaf; `LEAF_WORDS` in `bitmap.bpf.c`.
 pub(super) const LEAF_WORDS: u64 = 56;
@@ -37,22 +39,16 @@ pub(super) const LEAF_BLOCKS: u64 = LEAF_WORDS * 64;
 /// The bits of one range.
 pub(super) type Leaf = [u64; LEAF_WORDS as usize];
 
-/// Most leaves in one region of one volume.
-const MOST_LEAVES: u64 = 1 << 17;
 /// `INBOX_LEAVES` in `bitmap.bpf.c`.
 const INBOX_LEAVES: usize = 128;
-/// Words of a `struct letter`: the range and whether it was refused, then the leaf.
+/// Words of a `struct letter`: the range and whether its leaf is absent, then the leaf.
 const LETTER_WORDS: usize = 1 + LEAF_WORDS as usize;
-/// `BPF_F_NO_PREALLOC`: an element is allocated when it is inserted.
-const NO_PREALLOC: u32 = 1;
-/// So many ranges are looked up one by one; a batch would walk all buckets.
-const FEW: usize = 256;
-/// Elements per batch; more than any bucket holds, or the kernel refuses to go on.
-const BATCH: usize = 1024;
+/// Words of the inbox.
+pub(super) const INBOX_WORDS: u64 = (INBOX_LEAVES * LETTER_WORDS) as u64;
 
 /// Where the leaves of one volume are. The double in `halves` keeps them in memory.
 pub(super) trait LeafStore {
-    /// Calls `each` with the leaves of `ranges` that are there, in any order; others of the region may be among them.
+    /// Calls `each` with the leaves of `ranges` that are there.
     fn read(&self, region: u64, ranges: &[u32], each: &mut dyn FnMut(u32, &Leaf)) -> Res<()>;
     /// Sets bits; a leaf that is not there is made. Gives the ranges for which none could be made.
     fn insert(&self, region: u64, leaves: &[(u32, Leaf)]) -> Res<Vec<u32>>;
@@ -60,237 +56,148 @@ pub(super) trait LeafStore {
     fn remove(&self, region: u64, ranges: &[u32]) -> Res<()>;
 }
 
-/// The maps and the program that all volumes' leaves need.
-pub(super) struct LeafMaps {
-    outer: MapHandle,
-    inbox: Words,
-    insert: OwnedFd,
-    most: AtomicU32,
+/// How many leaves the host's map has room for: a 64th of the machine's memory, at least 64 MiB (1.75 TiB written all over) and at
+/// most a GiB. `memory` is in bytes.
+pub(super) fn most_leaves(memory: u64) -> u32 {
+    let leaves = (memory / 64 / 512).clamp(1 << 17, 1 << 21);
+    1 << leaves.ilog2()
 }
 
-impl LeafMaps {
-    /// Over the pinned array of maps, the mapped inbox and the pinned program.
-    pub(super) fn new(outer: MapHandle, inbox: Words, insert: OwnedFd) -> LeafMaps {
-        LeafMaps { outer, inbox, insert, most: AtomicU32::new(MOST_LEAVES as u32) }
-    }
-    /// Number of words of the inbox.
-    pub(super) const fn inbox_words() -> u64 {
-        (INBOX_LEAVES * LETTER_WORDS) as u64
-    }
-    /// The most leaves of a region of volumes tracked from now on. For tests.
-    pub(super) fn limit(&self, most: u32) {
-        self.most.store(most, Ordering::Relaxed);
-    }
-    fn capacity(&self, ranges: u64) -> u32 {
-        ranges.min(u64::from(self.most.load(Ordering::Relaxed))) as u32
-    }
-    fn key(slot: u32, region: u64) -> [u8; 4] {
-        (slot * REGIONS as u32 + region as u32).to_ne_bytes()
-    }
-    /// Makes empty maps for both halves of a volume with `ranges` ranges. What is held gets one when something is held.
-    pub(super) fn make(&self, slot: u32, ranges: u64) -> Res<()> {
-        (0..HALVES).try_for_each(|half| self.make_region(slot, half, ranges).map(drop))
-    }
-    fn make_region(&self, slot: u32, region: u64, ranges: u64) -> Res<MapHandle> {
-        let opts = bpf_map_create_opts {
-            sz: size_of::<bpf_map_create_opts>() as libbpf_sys::size_t,
-            map_flags: NO_PREALLOC,
-            ..Default::default()
-        };
-        let entries = self.capacity(ranges);
-        let map = MapHandle::create(MapType::Hash, Some("doublure_leaves"), 4, LEAF_WORDS as u32 * 8, entries, &opts);
-        let map = map.map_err(|e| fault_of(&format!("a map for {entries} leaves"), &e))?;
-        let done = self.outer.update(&Self::key(slot, region), &map.as_fd().as_raw_fd().to_ne_bytes(), MapFlags::ANY);
-        done.map_err(|e| fault_of("the table of leaves", &e))?;
-        Ok(map)
-    }
-    /// The map of a region; `None` when there is none.
-    fn region(&self, slot: u32, region: u64) -> Res<Option<MapHandle>> {
-        let found =
-            self.outer.lookup(&Self::key(slot, region), MapFlags::ANY).map_err(|e| fault_of("the table of leaves", &e))?;
-        let Some(id) = found.and_then(|bytes| bytes.try_into().ok()).map(u32::from_ne_bytes) else { return Ok(None) };
-        MapHandle::from_map_id(id).map(Some).map_err(|e| fault_of("a map of leaves", &e))
-    }
-    /// Whether both halves of a volume have their maps.
-    pub(super) fn are_there(&self, slot: u32) -> Res<bool> {
-        Ok(self.region(slot, 0)?.is_some() && self.region(slot, 1)?.is_some())
-    }
-    /// The maps of a volume that are there.
-    pub(super) fn maps_of(&self, slot: u32) -> Res<Vec<MapHandle>> {
-        (0..REGIONS).filter_map(|region| self.region(slot, region).transpose()).collect()
-    }
-    /// Takes a volume's maps out of the programs' sight; the kernel frees them.
-    pub(super) fn drop_all(&self, slot: u32) -> Res<()> {
-        for region in 0..REGIONS {
-            if self.region(slot, region)?.is_some() {
-                self.outer.delete(&Self::key(slot, region)).map_err(|e| fault_of("the table of leaves", &e))?;
-            }
-        }
-        Ok(())
-    }
+/// The program that works on the map of leaves, and the mapped array through which leaves go in and out.
+pub(super) struct Leaves {
+    program: OwnedFd,
+    inbox: Mutex<Words>,
 }
 
-/// The leaves of one volume in the kernel.
-pub(super) struct KernelLeaves {
-    maps: Arc<LeafMaps>,
-    slot: u32,
-    ranges: u64,
+/// What the program is to do; the numbers of `bitmap.bpf.c`.
+#[derive(Clone, Copy)]
+enum Work {
+    Insert = 0,
+    Read = 1,
+    Remove = 2,
+    Forget = 3,
 }
 
-impl KernelLeaves {
-    /// The leaves of the volume in `slot`, which has `ranges` ranges.
-    pub(super) fn new(maps: Arc<LeafMaps>, slot: u32, ranges: u64) -> KernelLeaves {
-        KernelLeaves { maps, slot, ranges }
-    }
-}
-
-/// The fault of a system call about leaves.
-fn failed(what: &str) -> Fault {
-    Fault::io(format!("{what} the leaves of a bitmap"), &io::Error::last_os_error())
-}
-
-impl LeafStore for KernelLeaves {
-    fn read(&self, region: u64, ranges: &[u32], each: &mut dyn FnMut(u32, &Leaf)) -> Res<()> {
-        if ranges.is_empty() {
-            return Ok(());
-        }
-        let Some(map) = self.maps.region(self.slot, region)? else { return Ok(()) };
-        let fd = map.as_fd().as_raw_fd();
-        match ranges.len() <= FEW {
-            true => read_each(fd, ranges, each),
-            false => read_all(fd, each),
-        }
-    }
-
-    fn insert(&self, region: u64, leaves: &[(u32, Leaf)]) -> Res<Vec<u32>> {
-        let mut refused = Vec::new();
-        if leaves.is_empty() {
-            return Ok(refused);
-        }
-        if self.maps.region(self.slot, region)?.is_none() {
-            self.maps.make_region(self.slot, region, self.ranges)?;
-        }
-        for batch in leaves.chunks(INBOX_LEAVES) {
-            let letters = self.maps.inbox.all().chunks_exact(LETTER_WORDS);
-            for (letter, (range, leaf)) in letters.clone().zip(batch) {
-                letter[0].store(letter_head(*range, 0), Ordering::Relaxed);
-                letter[1..].iter().zip(leaf).for_each(|(to, word)| to.store(*word, Ordering::Relaxed));
-            }
-            run_insert(&self.maps.insert, self.slot, region as u32, batch.len() as u32)?;
-            let unmade =
-                letters.zip(batch).filter(|(letter, (range, _))| letter[0].load(Ordering::Relaxed) != letter_head(*range, 0));
-            refused.extend(unmade.map(|(_, (range, _))| *range));
-        }
-        Ok(refused)
-    }
-
-    fn remove(&self, region: u64, ranges: &[u32]) -> Res<()> {
-        if ranges.is_empty() {
-            return Ok(());
-        }
-        let Some(map) = self.maps.region(self.slot, region)? else { return Ok(()) };
-        remove_each(map.as_fd().as_raw_fd(), ranges)
-    }
-}
-
-/// The first word of a `struct letter`: `{u32 range; u32 refused}`.
-fn letter_head(range: u32, refused: u32) -> u64 {
-    let ([a, b, c, d], [e, f, g, h]) = (range.to_ne_bytes(), refused.to_ne_bytes());
-    u64::from_ne_bytes([a, b, c, d, e, f, g, h])
-}
-
-fn read_each(fd: RawFd, ranges: &[u32], each: &mut dyn FnMut(u32, &Leaf)) -> Res<()> {
-    let mut leaf: Leaf = [0; LEAF_WORDS as usize];
-    for range in ranges {
-        // SAFETY: the map's key is a u32, its value LEAF_WORDS words; both are read or written during the call only.
-        let done = unsafe { libbpf_sys::bpf_map_lookup_elem(fd, std::ptr::from_ref(range).cast(), leaf.as_mut_ptr().cast()) };
-        match done {
-            0 => each(*range, &leaf),
-            // The range has its coarse bit and no leaf (yet): it is dirty as a whole, or being written for the first time.
-            _ if io::Error::last_os_error().raw_os_error() == Some(libc::ENOENT) => {}
-            _ => return Err(failed("reading")),
-        }
-    }
-    Ok(())
-}
-
-fn batch_opts() -> bpf_map_batch_opts {
-    bpf_map_batch_opts { sz: size_of::<bpf_map_batch_opts>() as libbpf_sys::size_t, ..Default::default() }
-}
-
-fn read_all(fd: RawFd, each: &mut dyn FnMut(u32, &Leaf)) -> Res<()> {
-    let (mut keys, mut values) = (vec![0u32; BATCH], vec![[0u64; LEAF_WORDS as usize]; BATCH]);
-    let opts = batch_opts();
-    let mut place = 0u32;
-    let mut begun = false;
-    loop {
-        let mut count = BATCH as u32;
-        let from = if begun { (&raw mut place).cast() } else { std::ptr::null_mut() };
-        // SAFETY: `keys` and `values` have room for `count` elements of the map's sizes, `place` for a bucket's number.
-        let done = unsafe {
-            libbpf_sys::bpf_map_lookup_batch(
-                fd,
-                from,
-                (&raw mut place).cast(),
-                keys.as_mut_ptr().cast(),
-                values.as_mut_ptr().cast(),
-                &raw mut count,
-                &raw const opts,
-            )
-        };
-        let end = done != 0 && io::Error::last_os_error().raw_os_error() == Some(libc::ENOENT);
-        if done != 0 && !end {
-            return Err(failed("reading"));
-        }
-        keys.iter().zip(&values).take(count as usize).for_each(|(range, leaf)| each(*range, leaf));
-        if end {
-            return Ok(());
-        }
-        begun = true;
-    }
-}
-
-fn remove_each(fd: RawFd, ranges: &[u32]) -> Res<()> {
-    let opts = batch_opts();
-    let mut rest = ranges;
-    while !rest.is_empty() {
-        let mut count = rest.len() as u32;
-        // SAFETY: `rest` holds `count` keys of the map's size.
-        let done = unsafe { libbpf_sys::bpf_map_delete_batch(fd, rest.as_ptr().cast(), &raw mut count, &raw const opts) };
-        let skip = match done {
-            0 => 0,
-            // The kernel stops at a range without a leaf; so many before it are gone.
-            _ if io::Error::last_os_error().raw_os_error() == Some(libc::ENOENT) => 1,
-            _ => return Err(failed("removing")),
-        };
-        rest = &rest[(count as usize + skip).min(rest.len())..];
-    }
-    Ok(())
-}
-
-/// `struct insertion` in `bitmap.bpf.c`.
+/// `struct work` in `bitmap.bpf.c`.
 #[repr(C)]
-struct Insertion {
+struct Asked {
+    what: u32,
     slot: u32,
     region: u32,
     letters: u32,
 }
 
-fn run_insert(program: &OwnedFd, slot: u32, region: u32, letters: u32) -> Res<()> {
-    let asked = Insertion { slot, region, letters };
-    let mut opts = bpf_test_run_opts {
-        sz: size_of::<bpf_test_run_opts>() as libbpf_sys::size_t,
-        ctx_in: (&raw const asked).cast(),
-        ctx_size_in: size_of::<Insertion>() as u32,
-        ..Default::default()
-    };
-    // SAFETY: the descriptor is a program; `asked` is its context, `opts` says how long it is, both live through the call.
-    match unsafe { libbpf_sys::bpf_prog_test_run_opts(program.as_raw_fd(), &raw mut opts) } {
-        0 if opts.retval == 0 => Ok(()),
-        0 => Err(Fault::internal("the leaves of a bitmap", format!("the program that sets them ended with {}", opts.retval))),
-        _ => {
-            let next = "use a kernel from 5.17 on";
-            Err(Fault::new(Code::KernelUnsupported, "the leaves of a bitmap", io::Error::last_os_error().to_string(), next))
+impl Leaves {
+    /// Over the pinned program and the mapped inbox of [`INBOX_WORDS`] words.
+    pub(super) fn new(program: OwnedFd, inbox: Words) -> Leaves {
+        Leaves { program, inbox: Mutex::new(inbox) }
+    }
+
+    fn run(&self, what: Work, slot: u32, region: u64, letters: usize) -> Res<()> {
+        let asked = Asked { what: what as u32, slot, region: region as u32, letters: letters as u32 };
+        let mut opts = libbpf_rs::libbpf_sys::bpf_test_run_opts {
+            sz: size_of::<libbpf_rs::libbpf_sys::bpf_test_run_opts>() as libbpf_rs::libbpf_sys::size_t,
+            ctx_in: (&raw const asked).cast(),
+            ctx_size_in: size_of::<Asked>() as u32,
+            ..Default::default()
+        };
+        // SAFETY: the descriptor is a program; `asked` is its context, `opts` says how long it is, both live through the call.
+        let done = unsafe { libbpf_rs::libbpf_sys::bpf_prog_test_run_opts(self.program.as_raw_fd(), &raw mut opts) };
+        match done {
+            0 if opts.retval == 0 => Ok(()),
+            0 => {
+                let cause = format!("the program that works on them ended with {}", opts.retval);
+                Err(Fault::internal("the leaves of a bitmap", cause))
+            }
+            _ => {
+                let cause = io::Error::last_os_error().to_string();
+                Err(Fault::new(Code::KernelUnsupported, "the leaves of a bitmap", cause, "use a kernel from 5.17 on"))
+            }
         }
+    }
+
+    /// Has the program work on a batch of letters: `write` fills the letter of an item but for its head, `back` gets each
+    /// item and its letter, if the leaf is there, afterwards.
+    fn post<T>(
+        &self,
+        (what, slot, region): (Work, u32, u64),
+        items: &[T],
+        range: impl Fn(&T) -> u32,
+        write: impl Fn(&T) -> Option<&Leaf>,
+        mut back: impl FnMut(&T, Option<Leaf>),
+    ) -> Res<()> {
+        // What a panic left in the inbox is overwritten.
+        let inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
+        for batch in items.chunks(INBOX_LEAVES) {
+            let letters = || inbox.all().chunks_exact(LETTER_WORDS).zip(batch);
+            for (letter, item) in letters() {
+                letter[0].store(head(range(item), false), Ordering::Relaxed);
+                for (to, word) in letter[1..].iter().zip(write(item).into_iter().flatten()) {
+                    to.store(*word, Ordering::Relaxed);
+                }
+            }
+            self.run(what, slot, region, batch.len())?;
+            for (letter, item) in letters() {
+                let there = letter[0].load(Ordering::Acquire) == head(range(item), false);
+                back(item, there.then(|| std::array::from_fn(|at| letter[1 + at].load(Ordering::Relaxed))));
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes all leaves of a slot, whatever its bits say. No program may use the slot any more.
+    pub(super) fn forget(&self, slot: u32) -> Res<()> {
+        self.run(Work::Forget, slot, 0, 0)
+    }
+}
+
+/// The first word of a `struct letter`: `{u32 range; u32 absent}`.
+fn head(range: u32, absent: bool) -> u64 {
+    let ([a, b, c, d], [e, f, g, h]) = (range.to_ne_bytes(), u32::from(absent).to_ne_bytes());
+    u64::from_ne_bytes([a, b, c, d, e, f, g, h])
+}
+
+/// The leaves of one volume in the kernel.
+pub(super) struct KernelLeaves {
+    leaves: Arc<Leaves>,
+    slot: u32,
+}
+
+impl KernelLeaves {
+    /// The leaves of the volume in `slot`.
+    pub(super) fn new(leaves: Arc<Leaves>, slot: u32) -> KernelLeaves {
+        KernelLeaves { leaves, slot }
+    }
+}
+
+impl LeafStore for KernelLeaves {
+    fn read(&self, region: u64, ranges: &[u32], each: &mut dyn FnMut(u32, &Leaf)) -> Res<()> {
+        // Where there is none, the range has its coarse bit alone: dirty as a whole, or being written for the first time.
+        let back = |range: &u32, leaf: Option<Leaf>| leaf.iter().for_each(|leaf| each(*range, leaf));
+        self.leaves.post((Work::Read, self.slot, region), ranges, |range| *range, |_| None, back)
+    }
+
+    fn insert(&self, region: u64, leaves: &[(u32, Leaf)]) -> Res<Vec<u32>> {
+        let mut refused = Vec::new();
+        let back = |(range, _): &(u32, Leaf), leaf: Option<Leaf>| refused.extend(leaf.is_none().then_some(*range));
+        self.leaves.post((Work::Insert, self.slot, region), leaves, |(range, _)| *range, |(_, leaf)| Some(leaf), back)?;
+        Ok(refused)
+    }
+
+    fn remove(&self, region: u64, ranges: &[u32]) -> Res<()> {
+        self.leaves.post((Work::Remove, self.slot, region), ranges, |range| *range, |_| None, |_, _| {})
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn room_for_leaves_grows_with_the_machine() {
+        assert_eq!(most_leaves(1 << 30), 1 << 17);
+        assert_eq!(most_leaves(24 << 30), 1 << 19);
+        assert_eq!(most_leaves(32 << 30), 1 << 20);
+        assert_eq!(most_leaves(1 << 40), 1 << 21);
     }
 }

@@ -83,8 +83,14 @@ impl Tracker {
     /// Opens the pinned programs and maps under `pin_dir` (on bpffs, mounted if it is not), or loads and pins them.
     /// Errors: `KERNEL_UNSUPPORTED` (no BTF, no BPF, no tracepoint; names which).
     pub fn open(pin_dir: &Path) -> Res<Tracker> {
+        Tracker::open_with(pin_dir, None)
+    }
+
+    /// As [`Tracker::open`], with room for so many leaves (see `leaves`) if programs are loaded. For tests.
+    #[doc(hidden)]
+    pub fn open_with(pin_dir: &Path, leaves: Option<u32>) -> Res<Tracker> {
         sysfs::allow_many_files();
-        let kernel = Kernel::open(pin_dir)?;
+        let kernel = Kernel::open(pin_dir, leaves)?;
         let mut tracker = Tracker { kernel, groups: BTreeMap::new(), volumes: BTreeMap::new() };
         // A previous life may have died between the store of a phase and its grace period.
         tracker.grace_period()?;
@@ -215,12 +221,6 @@ impl Tracker {
         self.flip_steps(&[group], steps)
     }
 
-    /// At most so many leaves (see `leaves`) in each region of volumes tracked from now on; 0 is not possible. For tests.
-    #[doc(hidden)]
-    pub fn limit_leaves(&mut self, most: u32) {
-        self.kernel.leaves.limit(most);
-    }
-
     /// Runs of each program and the nanoseconds they took together, since they were loaded and while `kernel.bpf_stats_enabled` was
     /// set. For measurements.
     #[doc(hidden)]
@@ -228,8 +228,10 @@ impl Tracker {
         Ok(self.kernel.run_stats()?.to_vec())
     }
 
-    /// Kernel memory of a volume's bits in bytes, by the kernel's own account; before 6.4 it counts less. Error: `VOLUME_UNKNOWN`.
-    pub fn memory_bytes(&self, volume: VolumeId) -> Res<u64> {
+    /// Kernel memory in bytes, by the kernel's own account (before 6.4 it leaves the leaves out): a volume's own map, and the map of all
+    /// volumes' leaves. Error: `VOLUME_UNKNOWN`. For measurements.
+    #[doc(hidden)]
+    pub fn memory_bytes(&self, volume: VolumeId) -> Res<(u64, u64)> {
         self.kernel.memory_of(self.volume(volume)?.slot)
     }
 
@@ -414,7 +416,7 @@ impl Tracker {
     }
 
     fn halves(&self, slot: u32, shared: Words, shape: Shape) -> Halves {
-        let leaves = || KernelLeaves::new(Arc::clone(&self.kernel.leaves), slot, shape.ranges());
+        let leaves = || KernelLeaves::new(Arc::clone(&self.kernel.leaves), slot);
         Halves::new(shared, shape, shape.sparse.then(|| Box::new(leaves()) as Box<dyn LeafStore + Send>))
     }
 
