@@ -1,5 +1,6 @@
 //! The tracker at scale: what marks, bitmaps and flips of many volumes cost. Needs root. `./dev bench scale` runs it and writes
-//! `target/bench/scale.json`; by itself (`cargo bench --bench tracker`) it prints the same figures as one line of JSON.
+//! `target/bench/scale.json`; by itself (`cargo bench --bench tracker`) it prints the same figures as one line of JSON;
+//! `marks`, `memory` or `flips` as argument chooses.
 //!
 //! Every figure is the median of several rounds. Nanoseconds per mark are those of all four programs' runs, by the
 //! kernel's own account (`kernel.bpf_stats_enabled`), which adds some twenty to each run. Bytes are those that the kernel
@@ -181,13 +182,14 @@ fn mark_cost(pins: &Path, bytes: u64, apart: u64) -> f64 {
     median(samples)
 }
 
-/// The memory of one volume with `blocks` written through the device, in bytes, the buckets of the host's map of leaves among it: by
-/// the maps' account and by the slab's.
-fn memory(pins: &Path, bytes: u64, blocks: &mut dyn Iterator<Item = u64>) -> (f64, f64) {
+/// The memory of one volume with `blocks` written through the device, in bytes, the buckets of the host's map of leaves among it:
+/// by the maps' account, those buckets alone, and by the slab's account.
+fn memory(pins: &Path, bytes: u64, blocks: &mut dyn Iterator<Item = u64>) -> (f64, f64, f64) {
     let device = Loop::new(bytes);
     let mut tracker = Tracker::open(pins).unwrap();
     let slab = slab_bytes();
     tracker.track(GROUP, VOLUME, &device.identity()).unwrap();
+    let buckets = tracker.memory_bytes(VOLUME).unwrap().1 as f64;
     let (file, page) = (device.direct(), Page::new());
     let mut ranges = BlockSet::empty(bytes.div_ceil(RANGE));
     for block in blocks {
@@ -199,7 +201,21 @@ fn memory(pins: &Path, bytes: u64, blocks: &mut dyn Iterator<Item = u64>) -> (f6
     let taken = (own + leaves + ranges.count() * 8) as f64;
     let slab = slab_bytes() - slab;
     tracker.untrack(VOLUME).unwrap();
-    (taken, slab)
+    (taken, buckets, slab)
+}
+
+fn memories(pins: &Path, figures: &mut Figures) {
+    let (huge, mut next) = (16 * TIB - (16 << 20), random(5));
+    for (name, bytes, blocks) in [
+        ("16tib_idle", huge, Vec::new()),
+        ("16tib_20480_blocks", huge, (0..20_480).map(|_| next(huge / BLOCK_BYTES)).collect()),
+        ("1tib_full", TIB, (0..TIB / RANGE).map(|range| range * (RANGE / BLOCK_BYTES)).collect()),
+    ] {
+        let (maps, buckets, slab) = memory(pins, bytes, &mut blocks.into_iter());
+        figures.put(&format!("bitmap_bytes_{name}"), maps);
+        figures.put(&format!("slab_bytes_{name}"), slab);
+        figures.put("leaf_map_bytes_of_host", buckets);
+    }
 }
 
 fn flips(pins: &Path, figures: &mut Figures) {
@@ -241,9 +257,11 @@ fn main() {
     if std::env::args().any(|argument| argument == "--list") {
         return;
     }
+    let named: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
+    let wanted = |name: &str| named.is_empty() || named.iter().any(|other| other == name);
     let pins = Pins::new();
     let mut figures = Figures::default();
-    {
+    if wanted("marks") {
         let _stats = Stats::on();
         let (mut flat, mut leaf) = (Vec::new(), Vec::new());
         for _ in 0..3 {
@@ -253,18 +271,11 @@ fn main() {
         figures.put("mark_ns_flat", median(flat));
         figures.put("mark_ns_leaf", median(leaf));
     }
-    let huge = 16 * TIB - (16 << 20);
-    let mut next = random(5);
-    for (name, bytes, blocks) in [
-        ("16tib_idle", huge, Vec::new()),
-        ("16tib_20480_blocks", huge, (0..20_480).map(|_| next(huge / BLOCK_BYTES)).collect()),
-        ("1tib_full", TIB, (0..TIB / RANGE).map(|range| range * (RANGE / BLOCK_BYTES)).collect()),
-    ] {
-        let mut blocks = blocks.into_iter();
-        let (maps, slab) = memory(&pins.0, bytes, &mut blocks);
-        figures.put(&format!("bitmap_bytes_{name}"), maps);
-        figures.put(&format!("slab_bytes_{name}"), slab);
+    if wanted("memory") {
+        memories(&pins.0, &mut figures);
     }
-    flips(&pins.0, &mut figures);
+    if wanted("flips") {
+        flips(&pins.0, &mut figures);
+    }
     println!("{}", serde_json::Value::Object(figures.0));
 }

@@ -274,10 +274,17 @@ struct leaf_walk {
 	u64 last;
 	u32 slot;
 	u32 region;
+	u32 range; // of the first block
 	u32 words;
 	u32 summary_words;
 	u32 failed;
 };
+
+// The range of a word: word / LEAF_WORDS, exact for any u32, without the division that nothing else here needs.
+static inline_always u32 range_of(u32 word)
+{
+	return (u64)(word >> 3) * 613566757 >> 32;
+}
 
 static inline_always u64 leaf_key(u32 slot, u32 region, u32 range)
 {
@@ -330,7 +337,7 @@ failed:
 // Sets the bits of [first, last] that lie in the index-th range touched.
 static long mark_leaf(u32 index, struct leaf_walk *walk)
 {
-	u32 first = walk->first >> 6, last = walk->last >> 6, range = first / LEAF_WORDS + index;
+	u32 first = walk->first >> 6, last = walk->last >> 6, range = walk->range + index;
 	u32 base = range * LEAF_WORDS, from = first > base ? first - base : 0, to = last - base, at;
 	u64 head = ~0ULL << (walk->first & 63), tail = ~0ULL >> (63 - (walk->last & 63)), mask;
 	u64 key = leaf_key(walk->slot, walk->region, range);
@@ -343,7 +350,7 @@ static long mark_leaf(u32 index, struct leaf_walk *walk)
 	if (!leaf)
 		leaf = first_in_range(walk, range, covered);
 	if (!leaf)
-		return walk->failed;
+		return walk->failed ? 1 : 0;
 	if (from == to) {
 		mask = (base + from == first ? head : ~0ULL) & (base + from == last ? tail : ~0ULL);
 		at = from;
@@ -375,9 +382,10 @@ static long mark_leaf(u32 index, struct leaf_walk *walk)
 __attribute__((noinline)) int mark_leaves(u32 slot, u32 region, u64 shape, u64 first, u64 last)
 {
 	struct leaf_walk walk = {
-		.first = first, .last = last, .slot = slot, .region = region, .words = shape, .summary_words = shape >> 32,
+		.first = first, .last = last, .slot = slot, .region = region, .range = range_of(first >> 6),
+		.words = shape, .summary_words = shape >> 32,
 	};
-	u32 ranges = (u32)(last >> 6) / LEAF_WORDS - (u32)(first >> 6) / LEAF_WORDS + 1;
+	u32 ranges = range_of(last >> 6) - walk.range + 1;
 
 	if (ranges == 1) {
 		mark_leaf(0, &walk);

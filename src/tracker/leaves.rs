@@ -7,7 +7,8 @@
 //!
 //! Memory of one leaf: header of a hash element 48 bytes, key 8, link of the allocator 8, bits 448 = 512, a size class of the
 //! kernel's allocator. A TiB has 74,899 ranges: 36.6 MiB of leaves if it is written all over. The map's buckets are allocated with
-//! it, 16 bytes for each leaf that it may have: 2 to 32 MiB once per host (see [`most_leaves`]), none per volume.
+//! it, 16 bytes for each leaf that it may have: 2 to 32 MiB once per host (see [`most_leaves`]), nothing per volume. A volume itself
+//! has its map of ranges: 0.9 MiB for 16 TiB.
 //!
 //! Why no bit is lost to the reuse of an element. The kernel's allocator may give a deleted element to the next insertion at
 //! once, without waiting for programs that still hold a pointer into it; a program that did would set its bit in another range's leaf.
@@ -56,10 +57,10 @@ pub(super) trait LeafStore {
     fn remove(&self, region: u64, ranges: &[u32]) -> Res<()>;
 }
 
-/// How many leaves the host's map has room for: a 64th of the machine's memory, at least 64 MiB (1.75 TiB written all over) and at
-/// most a GiB. `memory` is in bytes.
+/// How many leaves the host's map has room for: a 128th of the machine's memory, at least 64 MiB (1.75 TiB written all over) and
+/// at most a GiB. `memory` is in bytes.
 pub(super) fn most_leaves(memory: u64) -> u32 {
-    let leaves = (memory / 64 / 512).clamp(1 << 17, 1 << 21);
+    let leaves = (memory / 128 / 512).clamp(1 << 17, 1 << 21);
     1 << leaves.ilog2()
 }
 
@@ -196,8 +197,8 @@ mod tests {
     #[test]
     fn room_for_leaves_grows_with_the_machine() {
         assert_eq!(most_leaves(1 << 30), 1 << 17);
-        assert_eq!(most_leaves(24 << 30), 1 << 19);
-        assert_eq!(most_leaves(32 << 30), 1 << 20);
+        assert_eq!(most_leaves(24 << 30), 1 << 18);
+        assert_eq!(most_leaves(64 << 30), 1 << 20);
         assert_eq!(most_leaves(1 << 40), 1 << 21);
     }
 }
