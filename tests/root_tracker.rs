@@ -14,6 +14,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const MIB: u64 = 1 << 20;
+/// A volume of this size has leaves; one of some MiB has not.
+const TIB: u64 = 1 << 40;
 const GROUP: Uuid = Uuid(*b"group one.......");
 const VOLUME: Uuid = Uuid(*b"volume one......");
 
@@ -245,10 +247,15 @@ fn the_self_test_sees_everything_and_leaves_nothing() {
 #[test]
 #[ignore = "needs root: sudo ./dev check kernel"]
 fn every_kind_of_write_marks_exactly_its_blocks() {
-    let (pins, device) = (Pins::new("kinds"), Loop::new(64 * MIB + 512));
+    every_kind_of_write(64 * MIB);
+    every_kind_of_write(TIB);
+}
+
+fn every_kind_of_write(bytes: u64) {
+    let (pins, device) = (Pins::new("kinds"), Loop::new(bytes + 512));
     let mut tracker = tracked(&pins, &device);
     let (blocks, file) = (device.blocks(), device.direct());
-    assert_eq!(blocks, 64 * 256 + 1, "the last block is short");
+    assert_eq!(blocks, bytes / 4096 + 1, "the last block is short");
     let mut page = Page::new(1 << 20);
     let mut generation = 0;
     let mut check = |what: &str, expected: &[(u64, u64)]| {
@@ -273,7 +280,7 @@ fn every_kind_of_write_marks_exactly_its_blocks() {
     check("an unaligned block", &[(7, 2)]);
     file.write_all_at(page.get(), 60 * 4096 + 512).unwrap();
     check("a MiB across words", &[(60, 257)]);
-    file.write_all_at(&page.get()[..512], 64 * MIB).unwrap();
+    file.write_all_at(&page.get()[..512], bytes).unwrap();
     check("the short last block", &[(blocks - 1, 1)]);
     let range = |what: &str, flag: &str, offset: u64, bytes: u64| {
         run("blkdiscard", &[flag, "-o", &offset.to_string(), "-l", &bytes.to_string(), device.path.to_str().unwrap()]);
@@ -281,6 +288,11 @@ fn every_kind_of_write_marks_exactly_its_blocks() {
     };
     range("discard", "--force", 8 * MIB, 5 * MIB);
     check("a discard", &[(2048, 1280)]);
+    // Four ranges with leaves: two as a whole, a part of a third and all but a block of a fourth.
+    range("discard", "--force", 14 * MIB - 8192, 42 * MIB);
+    check("a discard of several ranges", &[(3582, 10752)]);
+    file.write_all_at(&page.get()[..16384], 14 * MIB - 8192).unwrap();
+    check("a write across two ranges", &[(3582, 4)]);
     range("zeroes", "--zeroout", 16 * MIB + 512, MIB);
     check("zeroes from the second sector of a block", &[(4096, 257)]);
     file.write_all_at(&page.get()[..8192], 100 * 4096).unwrap();
@@ -321,8 +333,8 @@ fn a_write_through_a_partition_marks_the_disk() {
 #[test]
 #[ignore = "needs root: sudo ./dev check kernel"]
 fn a_death_after_any_step_of_a_flip_loses_no_bit() {
-    for steps in 0..=4 {
-        let (pins, device) = (Pins::new("steps"), Loop::new(64 * MIB));
+    for (steps, bytes) in (0..=4).flat_map(|steps| [(steps, 64 * MIB), (steps, TIB)]) {
+        let (pins, device) = (Pins::new("steps"), Loop::new(bytes));
         let mut tracker = tracked(&pins, &device);
         let (file, mut page) = (device.direct(), Page::new(4096));
         let mut write = |block: u64| file.write_all_at(page.get(), block * 4096).unwrap();
@@ -363,12 +375,24 @@ fn child_that_flips_until_it_is_killed() {
 #[test]
 #[ignore = "needs root: sudo ./dev check kernel"]
 fn a_killed_agent_loses_no_bit() {
-    let (pins, device) = (Pins::new("kill"), Loop::new(64 * MIB));
+    killed_agents(64 * MIB, 1, 25);
+}
+
+#[test]
+#[ignore = "needs root: sudo ./dev check kernel"]
+fn a_killed_agent_loses_no_bit_of_a_large_volume() {
+    // Places an eighth of a range apart: leaves are made, filled and moved all the time.
+    killed_agents(TIB, 448, 40);
+}
+
+/// Writes to every `stride`-th block of the start of a volume while agents flip it and are killed.
+fn killed_agents(bytes: u64, stride: u64, rounds: u64) {
+    let (pins, device) = (Pins::new("kill"), Loop::new(bytes));
     drop(tracked(&pins, &device));
     let (file, mut page) = (device.direct(), Page::new(4096));
     let mut random = Random(7);
     let mut written = BlockSet::empty(device.blocks());
-    for round in 0..25 {
+    for round in 0..rounds {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["child_that_flips_until_it_is_killed", "--exact", "--ignored", "--nocapture"])
             .env("TRACKER_PINS", &pins.0)
@@ -381,7 +405,7 @@ fn a_killed_agent_loses_no_bit() {
         BufReader::new(child.stderr.as_mut().unwrap()).read_line(&mut line).unwrap();
         assert_eq!(line.trim(), "child: Unbroken", "round {round}");
         for _ in 0..random.below(400) {
-            let block = random.below(device.blocks());
+            let block = random.below(64 * 256) * stride;
             file.write_all_at(page.get(), block * 4096).unwrap();
             written.insert(BlockRun { start: block, count: 1 });
         }
@@ -539,10 +563,26 @@ impl Random {
 #[test]
 #[ignore = "needs root: sudo ./dev check kernel"]
 fn a_copy_made_of_live_reads_equals_the_device_in_the_end() {
-    let (pins, device) = (Pins::new("hunt"), Loop::new(32 * MIB));
+    hunt(32 * MIB, 32 * MIB, 32 * MIB);
+}
+
+/// The same where the bits are in leaves. Places lie in chunks of 128 KiB far apart, so that leaves are made all the time.
+#[test]
+#[ignore = "needs root: sudo ./dev check kernel"]
+fn a_copy_of_a_large_sparse_volume_equals_it_in_the_end() {
+    hunt(15 * TIB, 128 << 10, 3 * (14 << 30) / 1000);
+}
+
+/// Six writers over 32 MiB of places, which lie in chunks of `chunk` bytes, `apart` bytes from start to start.
+fn hunt(size: u64, chunk: u64, apart: u64) {
+    let (chunk, apart) = (chunk / 4096, apart / 4096);
+    let place = |at: u64| at / chunk * apart + at % chunk;
+    let (pins, device) = (Pins::new("hunt"), Loop::new(size));
     let mut tracker = tracked(&pins, &device);
     let (stop, stamp) = (AtomicBool::new(false), AtomicU64::new(1));
     let (reader, mut copy) = (device.direct(), vec![0u8; 32 << 20]);
+    let all: Vec<u64> = (0..32 * 256).map(place).collect();
+    let at_of = |block: u64| all.binary_search(&block).expect("only places are written");
     let mut page = Page::new(1 << 20);
     let mut rounds = 0u64;
     std::thread::scope(|scope| {
@@ -552,7 +592,10 @@ fn a_copy_made_of_live_reads_equals_the_device_in_the_end() {
                 let (mut page, mut random) = (Page::new(65536), Random(thread + 11));
                 while !stop.load(Ordering::Relaxed) {
                     let count = 1 + random.below(16);
-                    let block = random.below(32 * 256 - count);
+                    let at = random.below(32 * 256 - count);
+                    // A write stays in its chunk: the places after it are elsewhere.
+                    let count = count.min(chunk - at % chunk);
+                    let block = place(at);
                     let bytes = (count * 4096) as usize;
                     let mark = stamp.fetch_add(1, Ordering::Relaxed);
                     page.get()[..bytes].chunks_mut(8).for_each(|word| word.copy_from_slice(&mark.to_le_bytes()));
@@ -563,10 +606,10 @@ fn a_copy_made_of_live_reads_equals_the_device_in_the_end() {
         let mut round = |tracker: &mut Tracker| {
             let taken = flip_and_take(tracker);
             for run in taken.runs(256) {
-                let bytes = run.bytes(32 * MIB);
-                let (from, to) = (bytes.offset as usize, bytes.end() as usize);
-                reader.read_exact_at(&mut page.get()[..to - from], bytes.offset).unwrap();
-                copy[from..to].copy_from_slice(&page.get()[..to - from]);
+                let (bytes, from) = (run.bytes(size), at_of(run.start) * 4096);
+                let length = bytes.len as usize;
+                reader.read_exact_at(&mut page.get()[..length], bytes.offset).unwrap();
+                copy[from..from + length].copy_from_slice(&page.get()[..length]);
             }
             rounds += 1;
             taken.count()
@@ -585,7 +628,11 @@ fn a_copy_made_of_live_reads_equals_the_device_in_the_end() {
         round(&mut tracker);
         eprintln!("{blocks} blocks read in {rounds} rounds, {} writes", stamp.load(Ordering::Relaxed));
     });
-    let differing = runs(&changed(&copy, &device.bytes()));
+    let (image, mut now) = (File::open(device.image()).unwrap(), vec![0u8; 32 << 20]);
+    for (block, bytes) in all.iter().zip(now.chunks_mut(4096)) {
+        image.read_exact_at(bytes, block * 4096).unwrap();
+    }
+    let differing = runs(&changed(&copy, &now));
     assert_eq!(differing, []);
     acknowledge(&mut tracker, 1);
     assert!(flip_and_take(&mut tracker).is_empty());
@@ -860,6 +907,170 @@ fn bpffs_is_mounted_where_the_pins_are_wanted() {
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
     assert!(mounts.contains(&format!("{} bpf ", dir.path().join("bpf").display())), "{mounts}");
     drop(Tracker::open(&pins).unwrap());
+}
+
+// ---- large volumes -------------------------------------------------------------------------------------------------
+
+/// Just below the largest file of ext4.
+const HUGE: u64 = 16 * TIB - 16 * MIB;
+
+/// Writes `count` single blocks anywhere on the device.
+fn scatter(device: &Loop, seed: u64, count: u64) -> BlockSet {
+    let (file, mut page, mut random) = (device.direct(), Page::new(4096), Random(seed));
+    let mut written = BlockSet::empty(device.blocks());
+    for _ in 0..count {
+        let block = random.below(device.blocks());
+        file.write_all_at(page.get(), block * 4096).unwrap();
+        written.insert(BlockRun { start: block, count: 1 });
+    }
+    written
+}
+
+#[test]
+#[ignore = "needs root: sudo ./dev check kernel"]
+fn every_block_written_to_sixteen_tib_is_found() {
+    let (pins, device) = (Pins::new("huge"), Loop::new(HUGE));
+    let mut tracker = tracked(&pins, &device);
+    let first = scatter(&device, 3, 3000);
+    assert!(tracker.active(VOLUME).unwrap() == first);
+    assert!(flip_and_take(&mut tracker) == first);
+    let second = scatter(&device, 4, 2000);
+    drop(tracker);
+    // The next life finds the leaves of both halves, and those of what is held after one more flip.
+    let mut tracker = Tracker::open(&pins.0).unwrap();
+    assert_eq!(tracker.track(GROUP, VOLUME, &device.identity()).unwrap(), Continuity::Unbroken);
+    assert!(tracker.taken(VOLUME).unwrap() == first);
+    assert!(tracker.active(VOLUME).unwrap() == second);
+    assert_takes(&mut tracker, &second, &first);
+    let mut both = first.clone();
+    both.union(&second);
+    assert!(tracker.dirty(VOLUME).unwrap() == both);
+    drop(tracker);
+    let mut tracker = Tracker::open(&pins.0).unwrap();
+    assert_eq!(tracker.track(GROUP, VOLUME, &device.identity()).unwrap(), Continuity::Unbroken);
+    assert!(tracker.dirty(VOLUME).unwrap() == both);
+    assert_eq!(tracker.dirty_blocks(VOLUME).unwrap(), both.count());
+    // Given back while the device is written: a program sets the bits, in leaves that others are setting bits in.
+    let third = std::thread::scope(|scope| {
+        let writer = scope.spawn(|| scatter(&device, 3, 3000));
+        tracker.give_back(GROUP).unwrap();
+        writer.join().unwrap()
+    });
+    assert!(third == first, "the same places again");
+    assert!(tracker.active(VOLUME).unwrap() == both);
+    tracker.mark(VOLUME, &BlockSet::full(device.blocks())).unwrap();
+    assert_eq!(flip_and_take(&mut tracker).runs(u64::MAX).count(), 1);
+    acknowledge(&mut tracker, 1);
+    assert_eq!(tracker.dirty_blocks(VOLUME).unwrap(), 0);
+    no_doubts(&mut tracker, &device);
+}
+
+/// A flip takes exactly `expected`; or, where it finds that a completion was not seen (T8), what has no receipt once more too.
+fn assert_takes(tracker: &mut Tracker, expected: &BlockSet, without_receipt: &BlockSet) {
+    let taken = flip_and_take(tracker);
+    let mut all = expected.clone();
+    all.union(without_receipt);
+    assert!(taken == *expected || taken == all, "{taken:?}, not {expected:?} nor {all:?}");
+}
+
+/// Marks and writes meet in the same leaf: an update that replaced it would lose what a program set meanwhile. Without the programs
+/// at completion, which would set most of it once more.
+#[test]
+#[ignore = "needs root: sudo ./dev check kernel"]
+fn marks_and_writes_in_the_same_leaf_lose_nothing() {
+    const RANGE: u64 = 56 * 64;
+    let (pins, device) = (Pins::new("meet"), Loop::new(TIB));
+    let mut tracker = tracked(&pins, &device);
+    detach(&pins, &mut tracker, "complete");
+    let (file, blocks) = (device.direct(), device.blocks());
+    let mut expected = BlockSet::empty(blocks);
+    for range in 0..6 {
+        let places = |odd: u64| (0..RANGE / 2).map(move |n| range * RANGE + 2 * n + odd);
+        let mut marks = BlockSet::empty(blocks);
+        places(1).for_each(|block| marks.insert(BlockRun { start: block, count: 1 }));
+        // All but the last block: a full leaf would be dirty as a whole.
+        marks.remove(BlockRun { start: (range + 1) * RANGE - 1, count: 1 });
+        expected.union(&marks);
+        places(0).for_each(|block| expected.insert(BlockRun { start: block, count: 1 }));
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                let mut page = Page::new(4096);
+                places(0).for_each(|block| file.write_all_at(page.get(), block * 4096).unwrap());
+            });
+            while !writer.is_finished() {
+                tracker.mark(VOLUME, &marks).unwrap();
+            }
+        });
+    }
+    let (mut lost, mut added) = (expected.clone(), flip_and_take(&mut tracker));
+    lost.subtract(&added);
+    added.subtract(&expected);
+    assert_eq!((runs(&lost), runs(&added)), (vec![], vec![]));
+}
+
+#[test]
+#[ignore = "needs root: sudo ./dev check kernel"]
+fn where_no_leaf_can_be_made_the_whole_range_is_dirty() {
+    const RANGE: u64 = 56 * 64;
+    let (pins, device) = (Pins::new("refused"), Loop::new(TIB));
+    let mut tracker = Tracker::open_with(&pins.0, Some(100)).unwrap();
+    assert_eq!(tracker.track(GROUP, VOLUME, &device.identity()).unwrap(), Continuity::Fresh);
+    let blocks = device.blocks();
+    let rounded = |set: &BlockSet| {
+        let mut ranges = BlockSet::empty(blocks);
+        set.runs(u64::MAX).for_each(|run| ranges.insert(BlockRun { start: run.start / RANGE * RANGE, count: RANGE }));
+        ranges
+    };
+    let check = |taken: &BlockSet, written: &BlockSet| {
+        let (mut lost, mut added) = (written.clone(), taken.clone());
+        lost.subtract(taken);
+        assert_eq!(runs(&lost), []);
+        added.subtract(&rounded(written));
+        assert_eq!(runs(&added), [], "only what lies in a range that was written");
+        assert!(taken.count() > written.count() * 100, "{taken:?}: most ranges are dirty as a whole");
+    };
+    let mut written = scatter(&device, 5, 1000);
+    check(&flip_and_take(&mut tracker), &written);
+    // The other half, what is held, and marks by user space meet the same limit.
+    let more = scatter(&device, 6, 1000);
+    check(&flip_and_take(&mut tracker), &more);
+    written.union(&more);
+    check(&tracker.dirty(VOLUME).unwrap(), &written);
+    tracker.give_back(GROUP).unwrap();
+    check(&tracker.active(VOLUME).unwrap(), &written);
+    tracker.flip(GROUP).unwrap();
+    acknowledge(&mut tracker, 1);
+    assert_eq!(tracker.dirty_blocks(VOLUME).unwrap(), 0);
+    // The room is there again.
+    let few = scatter(&device, 7, 50);
+    assert!(flip_and_take(&mut tracker) == few);
+    tracker.flip(GROUP).unwrap();
+    tracker.mark(VOLUME, &more).unwrap();
+    check(&flip_and_take(&mut tracker), &more);
+    no_doubts(&mut tracker, &device);
+}
+
+#[test]
+#[ignore = "needs root: sudo ./dev check kernel"]
+fn groups_that_flip_together_flip_each_as_alone() {
+    let (pins, one, other) = (Pins::new("together"), Loop::new(16 * MIB), Loop::new(TIB));
+    let mut tracker = tracked(&pins, &one);
+    let (group, volume) = (Uuid([2; 16]), Uuid([3; 16]));
+    tracker.track(group, volume, &other.identity()).unwrap();
+    let mut page = Page::new(4096);
+    for round in 1..4u64 {
+        one.direct().write_all_at(page.get(), 4096 * round).unwrap();
+        other.direct().write_all_at(page.get(), 8192 * round).unwrap();
+        assert_eq!(tracker.flip_all(&[GROUP, group, Uuid([8; 16])]).unwrap_err().code, Code::GroupUnknown);
+        assert_eq!(runs(&tracker.active(VOLUME).unwrap()), [(round, 1)], "none was flipped");
+        // Named twice, flipped once.
+        tracker.flip_all(&[GROUP, group, GROUP]).unwrap();
+        assert_eq!(runs(&tracker.taken(VOLUME).unwrap()), [(round, 1)]);
+        assert_eq!(runs(&tracker.taken(volume).unwrap()), [(2 * round, 1)]);
+        assert_eq!(tracker.dirty_blocks(VOLUME).unwrap(), round, "held");
+    }
+    tracker.flip_all(&[]).unwrap();
+    no_doubts(&mut tracker, &one);
 }
 
 // ---- measured ------------------------------------------------------------------------------------------------------

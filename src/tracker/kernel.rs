@@ -6,7 +6,8 @@
 //! whole. The pinned link is the only thing that keeps a program attached: no descriptor of the agent does.
 
 use crate::model::{Code, Fault, Res};
-use crate::tracker::halves::Words;
+use crate::tracker::halves::{Shape, Words};
+use crate::tracker::leaves::{INBOX_WORDS, Leaves, most_leaves};
 use crate::tracker::notes::{HostNote, NOTE_BYTES, PROGRAMS, Record};
 use crate::tracker::sysfs::boot_id;
 use crate::tracker::witness::{Counts, NAMES};
@@ -14,21 +15,23 @@ use libbpf_rs::libbpf_sys::bpf_map_create_opts;
 use libbpf_rs::{Link, MapCore, MapFlags, MapHandle, MapType, ObjectBuilder, Program};
 use memmap2::MmapOptions;
 use std::fs;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The programs as `build.rs` made them.
 static OBJECT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/bitmap.bpf.o"));
 /// Version of everything that this side keeps in the maps: the notes and the layout of the bits.
-const SCHEMA: u32 = 4;
+const SCHEMA: u32 = 5;
 /// Most volumes, and most groups, that can be tracked at once; `MAX_VOLUMES` in `bitmap.bpf.c`.
 pub(super) const MAX_VOLUMES: u32 = 1024;
 /// The element of the array of maps that exists only to be updated.
 const SPARE_SLOT: u32 = MAX_VOLUMES;
 /// Maps that are pinned under their own names.
-const MAPS: [&str; 10] =
-    ["volumes", "groups", "bits", "counters", "rings", "shares", "flights", "host_note", "group_notes", "volume_notes"];
+const MAPS: [&str; 12] = [
+    "volumes", "groups", "bits", "leaves", "inbox", "counters", "rings", "shares", "flights", "host_note", "group_notes", "volume_notes",
+];
 /// The program that has no copy and no counters: it only takes refused writes out of the in-flight table.
 const DROP: &str = "drop";
 /// 64-bit words of a volume's `struct share`.
@@ -37,6 +40,10 @@ const SHARE_WORDS: usize = 8;
 const FLIGHT_WORDS: usize = 4096 * 8 * 4;
 /// Bit of the phase word that says that capture is on.
 const CAPTURE_BIT: u64 = 1 << 32;
+/// The program that user space calls; no event runs it.
+const LEAF_WORK: &str = "leaf_work";
+/// Words of a `struct counters`.
+const COUNTER_WORDS: usize = 5;
 /// The magic number of bpffs in `statfs(2)`.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 /// Flags of the inner maps: may be mapped, may differ in length from the template.
@@ -64,10 +71,12 @@ pub(super) struct Target {
     pub words: u32,
     /// Words of the summary of one half.
     pub summary_words: u32,
+    /// The blocks' bits are in leaves.
+    pub sparse: bool,
 }
 
 impl Target {
-    const BYTES: usize = 32;
+    const BYTES: usize = 40;
     fn to_bytes(self) -> [u8; Self::BYTES] {
         let mut bytes = [0; Self::BYTES];
         bytes[..4].copy_from_slice(&self.slot.to_ne_bytes());
@@ -75,7 +84,8 @@ impl Target {
         bytes[8..16].copy_from_slice(&self.diskseq.to_ne_bytes());
         bytes[16..24].copy_from_slice(&self.blocks.to_ne_bytes());
         bytes[24..28].copy_from_slice(&self.words.to_ne_bytes());
-        bytes[28..].copy_from_slice(&self.summary_words.to_ne_bytes());
+        bytes[28..32].copy_from_slice(&self.summary_words.to_ne_bytes());
+        bytes[32..36].copy_from_slice(&u32::from(self.sparse).to_ne_bytes());
         bytes
     }
     fn from_bytes(bytes: &[u8]) -> Option<Target> {
@@ -83,7 +93,7 @@ impl Target {
         let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|i| bytes[at + i]));
         let long = |at: usize| u64::from_ne_bytes(std::array::from_fn(|i| bytes[at + i]));
         let (slot, group, diskseq, blocks) = (word(0), word(4), long(8), long(16));
-        Some(Target { slot, group, diskseq, blocks, words: word(24), summary_words: word(28) })
+        Some(Target { slot, group, diskseq, blocks, words: word(24), summary_words: word(28), sparse: word(32) == 1 })
     }
 }
 
@@ -92,7 +102,10 @@ pub(super) struct Kernel {
     dir: PathBuf,
     volumes: MapHandle,
     bits: MapHandle,
-    counters: MapHandle,
+    /// Of all volumes that have leaves.
+    pub(super) leaves: Arc<Leaves>,
+    leaves_map: MapHandle,
+    counters: Words,
     host_note: MapHandle,
     group_notes: MapHandle,
     volume_notes: MapHandle,
@@ -144,7 +157,8 @@ fn object_hash() -> u64 {
 
 impl Kernel {
     /// Finds the pins under `pin_dir` whole, or takes down what is there and makes them.
-    pub(super) fn open(pin_dir: &Path) -> Res<Kernel> {
+    /// New ones have room for `leaves` leaves; as many as the machine's memory allows when it is `None`.
+    pub(super) fn open(pin_dir: &Path, leaves: Option<u32>) -> Res<Kernel> {
         if !Path::new("/sys/kernel/btf/vmlinux").exists() {
             let next = "use a kernel built with CONFIG_DEBUG_INFO_BTF (every current distribution's is)";
             return Err(Fault::new(
@@ -174,7 +188,7 @@ impl Kernel {
                 }
             }
         }
-        make(&dir)?;
+        make(&dir, leaves.unwrap_or_else(|| most_leaves(memory_bytes())))?;
         Kernel::found(&dir)
     }
 
@@ -192,11 +206,18 @@ impl Kernel {
         let (rings, shares, flights) = (open("rings")?, open("shares")?, open("flights")?);
         let shares = map_words(&shares, u64::from(MAX_VOLUMES) * SHARE_WORDS as u64)?;
         let flights = map_words(&flights, FLIGHT_WORDS as u64)?;
+        let inbox = map_words(&open("inbox")?, INBOX_WORDS)?;
+        let work = Program::fd_from_pinned_path(dir.join(LEAF_WORK));
+        let work = work.map_err(|e| fault_of(&format!("the pinned program {LEAF_WORK}"), &e))?;
+        let (leaves, leaves_map) = (Arc::new(Leaves::new(work, inbox)), open("leaves")?);
+        let counters = map_words(&counters, u64::from(counters.max_entries()) * COUNTER_WORDS as u64)?;
         let spare = new_bits(1)?;
         let kernel = Kernel {
             dir: dir.into(),
             volumes,
             bits,
+            leaves,
+            leaves_map,
             counters,
             host_note,
             group_notes,
@@ -315,32 +336,37 @@ impl Kernel {
     fn bits_path(&self, slot: u32) -> PathBuf {
         self.dir.join(format!("bits_{slot}"))
     }
-    /// Makes, pins and installs the map of a slot, all zero, and its counters, all zero.
-    pub(super) fn make_bits(&self, slot: u32, words: u64) -> Res<Words> {
+    /// Makes, pins and installs the map of a slot, all zero, and its counters, all zero. Its leaves went with its last volume.
+    pub(super) fn make_bits(&self, slot: u32, shape: Shape) -> Res<Words> {
+        let words = shape.map_words();
         let mut map = new_bits(words)?;
         let path = self.bits_path(slot);
         map.pin(&path).map_err(|e| fault_of(&format!("pinning {}", path.display()), &e))?;
         let done = self.bits.update(&slot.to_ne_bytes(), &map.as_fd().as_raw_fd().to_ne_bytes(), MapFlags::ANY);
         done.map_err(|e| fault_of("the table of bitmaps", &e))?;
-        for program in 0..PROGRAMS as u32 {
-            let cpus = libbpf_rs::num_possible_cpus().map_err(|e| fault_of("the number of CPUs", &e))?;
-            let zero = vec![vec![0; self.counters.value_size() as usize]; cpus];
-            let done = self.counters.update_percpu(&(slot * PROGRAMS as u32 + program).to_ne_bytes(), &zero, MapFlags::ANY);
-            done.map_err(|e| fault_of("the counters", &e))?;
+        for program in 0..PROGRAMS {
+            self.counters_of(slot, program).flatten().for_each(|word| word.store(0, Ordering::Relaxed));
         }
         map_words(&map, words)
     }
-    /// The pinned map of a slot; an error when it is not there or shorter than `words`.
-    pub(super) fn found_bits(&self, slot: u32, words: u64) -> Res<Words> {
-        let path = self.bits_path(slot);
+    /// The counters of a slot and a program, one `struct counters` for each CPU.
+    fn counters_of(&self, slot: u32, program: usize) -> impl Iterator<Item = &[AtomicU64]> {
+        let per_cpu = MAX_VOLUMES as usize * PROGRAMS;
+        let own = slot as usize * PROGRAMS + program;
+        self.counters.all().chunks_exact(COUNTER_WORDS).skip(own).step_by(per_cpu)
+    }
+    /// The pinned map of a slot; an error when it is not there or has another length than `shape`.
+    pub(super) fn found_bits(&self, slot: u32, shape: Shape) -> Res<Words> {
+        let (path, words) = (self.bits_path(slot), shape.map_words());
         let map = MapHandle::from_pinned_path(&path).map_err(|e| fault_of(&format!("pinned map {}", path.display()), &e))?;
         if u64::from(map.max_entries()) != words {
             return Err(Fault::internal(path.display().to_string(), format!("it has {} words, not {words}", map.max_entries())));
         }
         map_words(&map, words)
     }
-    /// Takes the map of a slot out of the programs' sight and unpins it.
+    /// Removes the leaves of a slot that no program uses any more, takes its map out of their sight and unpins it.
     pub(super) fn drop_bits(&self, slot: u32) -> Res<()> {
+        self.leaves.forget(slot)?;
         if let Err(error) = self.bits.delete(&slot.to_ne_bytes())
             && error.kind() != libbpf_rs::ErrorKind::NotFound
         {
@@ -351,15 +377,12 @@ impl Kernel {
             _ => Ok(()),
         }
     }
-    /// What the programs counted for a slot, all CPUs together.
-    pub(super) fn counts(&self, slot: u32) -> Res<Counts> {
+    /// What the programs counted for a slot, all CPUs together. Read from the mapping: no system call.
+    pub(super) fn counts(&self, slot: u32) -> Counts {
         let mut counts = Counts::default();
         for program in 0..PROGRAMS {
-            let key = slot * PROGRAMS as u32 + program as u32;
-            let found =
-                self.counters.lookup_percpu(&key.to_ne_bytes(), MapFlags::ANY).map_err(|e| fault_of("the counters", &e))?;
-            for cpu in found.into_iter().flatten() {
-                let field = |at: usize| u64::from_ne_bytes(std::array::from_fn(|i| cpu[at * 8 + i]));
+            for cpu in self.counters_of(slot, program) {
+                let field = |at: usize| cpu[at].load(Ordering::Acquire);
                 counts.sectors[program] += field(0);
                 counts.unknown += field(1);
                 counts.outside += field(2);
@@ -367,21 +390,36 @@ impl Kernel {
                 counts.untracked += field(4);
             }
         }
-        Ok(counts)
+        counts
     }
 
     /// How often the kernel skipped each program because it was already running on that CPU, all disks of the host.
     pub(super) fn misses(&self) -> Res<[u64; PROGRAMS]> {
         let mut misses = [0; PROGRAMS];
         for (miss, attached) in misses.iter_mut().zip(&self.attached) {
-            let path = format!("/proc/self/fdinfo/{}", attached.program.as_raw_fd());
-            let text = fs::read_to_string(&path).map_err(|e| Fault::io(path.as_str(), &e))?;
-            *miss = misses_in(&text).ok_or_else(|| {
+            *miss = number_in(&fd_info(attached.program.as_raw_fd())?, "recursion_misses:").ok_or_else(|| {
                 let next = "use a kernel from 5.12 on";
                 Fault::new(Code::KernelUnsupported, "the tracker's programs", "the kernel does not count skipped runs", next)
             })?;
         }
         Ok(misses)
+    }
+    /// Runs of each program and the nanoseconds they took together; zero unless `kernel.bpf_stats_enabled` is set.
+    pub(super) fn run_stats(&self) -> Res<[(u64, u64); PROGRAMS]> {
+        let mut stats = [(0, 0); PROGRAMS];
+        for (stat, attached) in stats.iter_mut().zip(&self.attached) {
+            let text = fd_info(attached.program.as_raw_fd())?;
+            let field = |name| number_in(&text, name).unwrap_or(0);
+            *stat = (field("run_cnt:"), field("run_time_ns:"));
+        }
+        Ok(stats)
+    }
+    /// Kernel memory of the bits of a slot and of the leaves of all slots, in bytes, by the kernel's own account.
+    pub(super) fn memory_of(&self, slot: u32) -> Res<(u64, u64)> {
+        let path = self.bits_path(slot);
+        let bits = MapHandle::from_pinned_path(&path).map_err(|e| fault_of(&format!("pinned map {}", path.display()), &e))?;
+        let of = |map: &MapHandle| Ok(number_in(&fd_info(map.as_fd().as_raw_fd())?, "memlock:").unwrap_or(0));
+        Ok((of(&bits)?, of(&self.leaves_map)?))
     }
     /// Which programs are still attached by the link that was pinned for them.
     pub(super) fn links(&self) -> [bool; PROGRAMS] {
@@ -422,10 +460,18 @@ pub(super) fn flights_in(table: &[AtomicU64], slot: u32) -> Vec<Flight> {
 /// 3. The host note is written.
 ///
 /// A death before 3 leaves pins that [`Kernel::found`] refuses and the next start takes down; no volume is tracked before 3.
-fn make(dir: &Path) -> Res<()> {
+fn make(dir: &Path, most: u32) -> Res<()> {
     fs::create_dir(dir).map_err(|e| Fault::io(dir.display().to_string(), &e))?;
     let load = || -> libbpf_rs::Result<()> {
-        let mut object = ObjectBuilder::default().name("doublure")?.open_memory(OBJECT)?.load()?;
+        let mut open = ObjectBuilder::default().name("doublure")?.open_memory(OBJECT)?;
+        for mut map in open.maps_mut() {
+            if map.name() == "counters" {
+                map.set_max_entries(libbpf_rs::num_possible_cpus()? as u32 * MAX_VOLUMES * PROGRAMS as u32)?;
+            } else if map.name() == "leaves" {
+                map.set_max_entries(most)?;
+            }
+        }
+        let mut object = open.load()?;
         for mut map in object.maps_mut() {
             let name = map.name().to_string_lossy().into_owned();
             if MAPS.contains(&name.as_str()) {
@@ -435,6 +481,9 @@ fn make(dir: &Path) -> Res<()> {
         for mut program in object.progs_mut() {
             let name = program.name().to_string_lossy().into_owned();
             program.pin(dir.join(&name))?;
+            if name == LEAF_WORK {
+                continue;
+            }
             let mut link = program.attach()?;
             link.pin(dir.join(format!("link_{name}")))?;
         }
@@ -465,6 +514,13 @@ fn attached_at(dir: &Path, name: &str) -> Res<Attached> {
         true => Ok(Attached { program, program_id: u64::from(id), link_id: u64::from(link.id) }),
         false => Err(Fault::internal(format!("pinned program {name}"), "its link attaches another program")),
     }
+}
+
+/// Bytes of memory of the machine.
+fn memory_bytes() -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+    line.and_then(|rest| rest.trim().strip_suffix(" kB")?.parse::<u64>().ok()).unwrap_or(0) << 10
 }
 
 /// A new inner map of `words` words.
@@ -506,7 +562,18 @@ fn write_record(map: &MapHandle, at: u32, record: &Record) -> Res<()> {
 
 /// The count of skipped runs in a program's `fdinfo`.
 pub(super) fn misses_in(text: &str) -> Option<u64> {
-    text.lines().find_map(|line| line.strip_prefix("recursion_misses:"))?.trim().parse().ok()
+    number_in(text, "recursion_misses:")
+}
+
+/// What the kernel says of a program or map of ours.
+fn fd_info(fd: RawFd) -> Res<String> {
+    let path = format!("/proc/self/fdinfo/{fd}");
+    fs::read_to_string(&path).map_err(|e| Fault::io(path.as_str(), &e))
+}
+
+/// The number after `name` in an `fdinfo`.
+fn number_in(text: &str, name: &str) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix(name))?.trim().parse().ok()
 }
 
 /// `v<number>-<16 hexadecimal digits>`.
@@ -596,14 +663,16 @@ mod tests {
     }
 
     #[test]
-    fn the_misses_are_read_by_name() {
-        assert_eq!(misses_in("pos:\t0\nrun_cnt:\t9\nrecursion_misses:\t12\nverified_insns:\t3\n"), Some(12));
-        assert_eq!(misses_in("pos:\t0\n"), None);
+    fn numbers_are_read_by_name() {
+        let text = "pos:\t0\nrun_cnt:\t9\nrecursion_misses:\t12\nverified_insns:\t3\n";
+        assert_eq!(number_in(text, "recursion_misses:"), Some(12));
+        assert_eq!(number_in(text, "run_cnt:"), Some(9));
+        assert_eq!(number_in("pos:\t0\n", "recursion_misses:"), None);
     }
 
     #[test]
     fn a_target_survives_the_kernel_layout() {
-        let target = Target { slot: 1, group: 2, diskseq: 3 << 33, blocks: 4 << 33, words: 5, summary_words: 6 };
+        let target = Target { slot: 1, group: 2, diskseq: 3 << 33, blocks: 4 << 33, words: 5, summary_words: 6, sparse: true };
         assert_eq!(Target::from_bytes(&target.to_bytes()), Some(target));
         assert_eq!(Target::from_bytes(&[0; 31]), None);
     }

@@ -9,6 +9,7 @@ mod capture;
 mod grace;
 mod halves;
 mod kernel;
+mod leaves;
 mod notes;
 mod ring;
 mod scratch;
@@ -21,13 +22,15 @@ pub use ring::{Captured, What};
 use crate::host::DeviceIdentity;
 use crate::model::{BLOCK_BYTES, BlockRun, BlockSet, Code, Digest, Fault, GroupId, Position, Receipt, Res, Uuid, VolumeId};
 use crate::tracker::capture::Capturer;
-use crate::tracker::halves::{HALVES, HELD, Halves, REGIONS, words_for};
+use crate::tracker::halves::{HALVES, HELD, Halves, Shape, Words};
 use crate::tracker::kernel::{Flight, Kernel, MAX_VOLUMES, Target};
+use crate::tracker::leaves::{KernelLeaves, LeafStore};
 use crate::tracker::notes::{GroupNote, Stage, VolumeNote};
-use crate::tracker::sysfs::Disk;
+use crate::tracker::sysfs::{Account, Disk};
 use crate::tracker::witness::Reading;
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Why a volume's set of changed blocks cannot be trusted; each leads to a full comparison.
@@ -62,6 +65,8 @@ struct Volume {
     slot: u32,
     note: VolumeNote,
     halves: Halves,
+    /// Its disk's statistics, kept open: a flip of a thousand volumes must not look up thousands of paths.
+    account: Option<Account>,
     /// Named by `track` in this life of the agent; a volume that was only found is carried along, but not believed.
     claimed: bool,
 }
@@ -88,7 +93,14 @@ impl Tracker {
     /// Opens the pinned programs and maps under `pin_dir` (on bpffs, mounted if it is not), or loads and pins them.
     /// Errors: `KERNEL_UNSUPPORTED` (no BTF, no BPF, no tracepoint; names which).
     pub fn open(pin_dir: &Path) -> Res<Tracker> {
-        let kernel = Kernel::open(pin_dir)?;
+        Tracker::open_with(pin_dir, None)
+    }
+
+    /// As [`Tracker::open`], with room for so many leaves (see `leaves`) if programs are loaded. For tests.
+    #[doc(hidden)]
+    pub fn open_with(pin_dir: &Path, leaves: Option<u32>) -> Res<Tracker> {
+        sysfs::allow_many_files();
+        let kernel = Kernel::open(pin_dir, leaves)?;
         let untried = Fault::new(Code::KernelUnsupported, "capture", "it was not asked for yet", "restart the agent");
         let mut tracker =
             Tracker { kernel, groups: BTreeMap::new(), volumes: BTreeMap::new(), capturer: Err(untried), plant: Plant::Nothing };
@@ -105,7 +117,9 @@ impl Tracker {
         for slot in 0..MAX_VOLUMES {
             let Some(note) = VolumeNote::from_record(&tracker.kernel.volume_record(slot)?) else { continue };
             match tracker.found_volume(slot, &note) {
-                Some(halves) => drop(tracker.volumes.insert(note.id, Volume { slot, note, halves, claimed: false })),
+                Some(halves) => {
+                    drop(tracker.volumes.insert(note.id, Volume { slot, note, halves, account: None, claimed: false }))
+                }
                 None => tracker.clear_slot(slot)?,
             }
         }
@@ -166,7 +180,7 @@ impl Tracker {
         }
         let capture = capturer.begin(&self.kernel, slot, sides, ring_bytes)?;
         self.kernel.set_phase(slot, self.kernel.phase(slot), false);
-        self.flip_with(group, 4, true)?;
+        self.flip_steps(&[group], 4, Some(true))?;
         Ok(capture)
     }
 
@@ -207,7 +221,7 @@ impl Tracker {
             return Err(Fault::new(Code::VolumeInUse, disk.device(), cause, "use one volume per device"));
         }
         if self.volumes.contains_key(&volume) {
-            match self.broken(group, volume, device)?.into_iter().next() {
+            match self.broken(group, volume, device, &self.programs()?)?.into_iter().next() {
                 None => {
                     self.volume_mut(volume)?.claimed = true;
                     return Ok(Continuity::Unbroken);
@@ -249,7 +263,13 @@ impl Tracker {
     /// 4. *Wait* a grace period, so that programs that read the old phase have set their bits. Died before its end:
     ///    `open` waits one before it does anything else.
     pub fn flip(&mut self, group: GroupId) -> Res<()> {
-        self.flip_until(group, 4)
+        self.flip_steps(&[group], 4, None)
+    }
+
+    /// Flips several groups with one grace period for all of them, each as [`Tracker::flip`] does: the four steps are gone through
+    /// together. They are cut at different instants, one after the other. Error: `GROUP_UNKNOWN`; then none was flipped.
+    pub fn flip_all(&mut self, groups: &[GroupId]) -> Res<()> {
+        self.flip_steps(groups, 4, None)
     }
 
     /// Gives every bit without a receipt (taken or held) back to the active half. Error: `GROUP_UNKNOWN`.
@@ -259,10 +279,10 @@ impl Tracker {
         let active = u64::from(self.kernel.phase(self.group_slot(group)?)) % HALVES;
         let taken = (active + 1) % HALVES;
         for volume in self.members(group) {
-            volume.halves.give_back(HELD, active);
-            volume.halves.give_back(taken, active);
-            volume.halves.clear(HELD);
-            volume.halves.clear(taken);
+            volume.halves.give_back(HELD, active)?;
+            volume.halves.give_back(taken, active)?;
+            volume.halves.clear(HELD)?;
+            volume.halves.clear(taken)?;
         }
         Ok(())
     }
@@ -270,59 +290,49 @@ impl Tracker {
     /// The first `steps` of the four steps of [`Tracker::flip`]; fewer than four is what a death leaves behind. For tests.
     #[doc(hidden)]
     pub fn flip_until(&mut self, group: GroupId, steps: u32) -> Res<()> {
-        let captures = self.kernel.captures(self.group_slot(group)?);
-        self.flip_with(group, steps, captures)
+        self.flip_steps(&[group], steps, None)
     }
 
-    fn flip_with(&mut self, group: GroupId, steps: u32, captures: bool) -> Res<()> {
-        let slot = self.group_slot(group)?;
-        let phase = self.kernel.phase(slot);
-        let active = u64::from(phase) % HALVES;
-        let taken = (active + 1) % HALVES;
-        let before = self.answer_lost_completions(group, active)?;
-        let members = self.members(group);
-        if steps >= 1 {
-            members.iter().for_each(|volume| volume.halves.give_back(taken, HELD));
-        }
-        if steps >= 2 {
-            members.iter().for_each(|volume| volume.halves.clear(taken));
-        }
-        if steps >= 3 {
-            self.kernel.set_phase(slot, phase.wrapping_add(1), captures);
-        }
-        if steps >= 4 {
-            self.grace_period()?;
-            self.begin_anew_in_quiet(before)?;
-        }
-        Ok(())
+    /// Runs of each program and the nanoseconds they took together, since they were loaded and while `kernel.bpf_stats_enabled` was
+    /// set. For measurements.
+    #[doc(hidden)]
+    pub fn run_stats(&self) -> Res<Vec<(u64, u64)>> {
+        Ok(self.kernel.run_stats()?.to_vec())
+    }
+
+    /// Kernel memory in bytes, by the kernel's own account (before 6.4 it leaves the leaves out): a volume's own map, and the map of all
+    /// volumes' leaves. Error: `VOLUME_UNKNOWN`. For measurements.
+    #[doc(hidden)]
+    pub fn memory_bytes(&self, volume: VolumeId) -> Res<(u64, u64)> {
+        self.kernel.memory_of(self.volume(volume)?.slot)
     }
 
     /// The blocks taken by the last flip. Error: `VOLUME_UNKNOWN`.
     pub fn taken(&self, volume: VolumeId) -> Res<BlockSet> {
         let known = self.volume(volume)?;
-        Ok(known.halves.set_of(self.taken_half(known)?))
+        known.halves.take(self.taken_half(known)?)
     }
 
     /// The blocks dirtied since the last flip, so far. Error: `VOLUME_UNKNOWN`.
     pub fn active(&self, volume: VolumeId) -> Res<BlockSet> {
         let known = self.volume(volume)?;
-        Ok(known.halves.set_of(self.active_half(known)?))
+        known.halves.set_of(self.active_half(known)?)
     }
 
     /// Number of blocks dirtied since the last flip, so far. Error: `VOLUME_UNKNOWN`.
     pub fn active_blocks(&self, volume: VolumeId) -> Res<u64> {
         let known = self.volume(volume)?;
-        Ok(known.halves.count(self.active_half(known)?))
+        known.halves.count(self.active_half(known)?)
     }
 
     /// The blocks that were dirtied and have no receipt: active, taken or held. Error: `VOLUME_UNKNOWN`.
     pub fn dirty(&self, volume: VolumeId) -> Res<BlockSet> {
-        Ok(self.volume(volume)?.halves.set_of_any())
+        self.volume(volume)?.halves.set_of_any()
     }
 
     /// Number of blocks that were dirtied and have no receipt. Error: `VOLUME_UNKNOWN`.
     pub fn dirty_blocks(&self, volume: VolumeId) -> Res<u64> {
-        Ok(self.volume(volume)?.halves.count_in_any())
+        self.volume(volume)?.halves.count_in_any()
     }
 
     /// Sets bits in the active half (returned bits, repairs, a full comparison). Error: `VOLUME_UNKNOWN`; `INTERNAL` when
@@ -330,8 +340,7 @@ impl Tracker {
     pub fn mark(&mut self, volume: VolumeId, blocks: &BlockSet) -> Res<()> {
         let known = self.volume(volume)?;
         check_size(volume, known, blocks)?;
-        known.halves.insert(self.active_half(known)?, blocks);
-        Ok(())
+        known.halves.insert(self.active_half(known)?, blocks)
     }
 
     /// Clears what is taken and held of the group against the receipt of the generation that carried them, and remembers it as base.
@@ -357,8 +366,8 @@ impl Tracker {
             for volume in self.volumes.values_mut().filter(|volume| volume.claimed && volume.note.group == group) {
                 volume.note.cut_settled = volume.note.flip_settled;
                 self.kernel.set_volume_record(volume.slot, &volume.note.to_record())?;
-                volume.halves.clear(taken);
-                volume.halves.clear(HELD);
+                volume.halves.clear(taken)?;
+                volume.halves.clear(HELD)?;
             }
         }
         Ok(())
@@ -386,21 +395,21 @@ impl Tracker {
         let slot = self.group_slot(group)?;
         let mut note = self.group_note(slot)?;
         // Read before the accounts: what was missed until here is in the kernel's account by then, or not yet completed.
-        let misses = self.kernel.misses()?;
+        let programs = self.programs()?;
         let ids: Vec<VolumeId> =
             self.volumes.iter().filter(|(_, v)| v.claimed && v.note.group == group).map(|(id, _)| *id).collect();
         let mut doubts = Vec::new();
         for volume in ids {
             let reasons = match now.iter().find(|(id, _)| *id == volume) {
-                Some((_, device)) => self.broken(group, volume, device)?,
+                Some((_, device)) => self.broken(group, volume, device, &programs)?,
                 None => vec!["its device was not looked at".to_owned()],
             };
             doubts.extend(reasons.into_iter().map(|reason| Doubt { volume, reason }));
         }
         // Misses that were shown to concern nobody here need not be explained again. One copy standing still is not enough
         // for that: a bio may be missed by copy a before the misses are read and by copy b after it.
-        if doubts.is_empty() && note.misses != misses && self.all_proved_whole(group)? {
-            note.misses = misses;
+        if doubts.is_empty() && note.misses != programs.misses && self.all_proved_whole(group)? {
+            note.misses = programs.misses;
             self.kernel.set_group_record(slot, &note.to_record())?;
         }
         Ok(doubts)
@@ -435,7 +444,16 @@ pub fn capture_excluded(device: &DeviceIdentity) -> Res<Option<String>> {
     }))
 }
 
+/// How the programs of the host stand at one moment.
+struct Programs {
+    misses: [u64; notes::PROGRAMS],
+    links: [bool; notes::PROGRAMS],
+}
+
 impl Tracker {
+    fn programs(&self) -> Res<Programs> {
+        Ok(Programs { misses: self.kernel.misses()?, links: self.kernel.links() })
+    }
     fn grace_period(&self) -> Res<()> {
         grace::wait(&self.kernel)
     }
@@ -473,17 +491,21 @@ impl Tracker {
 
     /// The halves of a volume that was found in the pins; `None` when it is not whole.
     fn found_volume(&self, slot: u32, note: &VolumeNote) -> Option<Halves> {
-        let blocks = note.identity.size_bytes.div_ceil(BLOCK_BYTES);
-        let (words, summary) = words_for(blocks);
+        let shape = Shape::of(note.identity.size_bytes.div_ceil(BLOCK_BYTES));
         let whole = note.stage == Stage::Live && self.groups.contains_key(&note.group) && !self.volumes.contains_key(&note.id);
-        let shared = whole.then(|| self.kernel.found_bits(slot, REGIONS * (words + summary)))?;
+        let shared = whole.then(|| self.kernel.found_bits(slot, shape))?;
         match shared {
-            Ok(shared) => Some(Halves::new(shared, blocks)),
+            Ok(shared) => Some(self.halves(slot, shared, shape)),
             Err(fault) => {
                 tracing::warn!(volume = %note.id, %fault, "a volume's bits were not found whole: it begins afresh");
                 None
             }
         }
+    }
+
+    fn halves(&self, slot: u32, shared: Words, shape: Shape) -> Halves {
+        let leaves = || KernelLeaves::new(Arc::clone(&self.kernel.leaves), slot);
+        Halves::new(shared, shape, shape.sparse.then(|| Box::new(leaves()) as Box<dyn LeafStore + Send>))
     }
 
     /// Makes a volume from nothing, in six steps. A death before the sixth leaves a slot that the next `open` clears.
@@ -526,8 +548,8 @@ impl Tracker {
         self.kernel.set_volume_record(slot, &note.to_record())?;
         // 3. Bits and counters, all zero.
         let blocks = device.size_bytes.div_ceil(BLOCK_BYTES);
-        let (words, summary_words) = words_for(blocks);
-        let made = self.kernel.make_bits(slot, REGIONS * (words + summary_words));
+        let shape = Shape::of(blocks);
+        let made = self.kernel.make_bits(slot, shape);
         let shared = made.inspect_err(|_| drop(self.clear_slot(slot)))?;
         // 4. The programs see the disk. A write that both kinds miss completed before this, so any later read sees it.
         let target = Target {
@@ -535,8 +557,9 @@ impl Tracker {
             group: group_slot,
             diskseq: device.diskseq,
             blocks,
-            words: words as u32,
-            summary_words: summary_words as u32,
+            words: shape.words as u32,
+            summary_words: shape.summary_words as u32,
+            sparse: shape.sparse,
         };
         self.kernel.set_target(device_key(device), target)?;
         // 5. Programs that looked the disk up before have ended; the accounts begin.
@@ -545,7 +568,8 @@ impl Tracker {
         // 6. The note is live.
         note.stage = Stage::Live;
         self.kernel.set_volume_record(slot, &note.to_record())?;
-        self.volumes.insert(volume, Volume { slot, note, halves: Halves::new(shared, blocks), claimed: true });
+        let halves = self.halves(slot, shared, shape);
+        self.volumes.insert(volume, Volume { slot, note, halves, account: None, claimed: true });
         Ok(())
     }
 
@@ -568,7 +592,8 @@ impl Tracker {
     }
 
     /// Every reason why the bits of a volume do not count; `device` = its identity as the caller reads it now.
-    fn broken(&self, group: GroupId, volume: VolumeId, device: &DeviceIdentity) -> Res<Vec<String>> {
+    /// `programs` was read just before: whatever they skipped until then shows in the accounts that are read here.
+    fn broken(&self, group: GroupId, volume: VolumeId, device: &DeviceIdentity, programs: &Programs) -> Res<Vec<String>> {
         let Some(known) = self.volumes.get(&volume) else { return Err(unknown_volume(volume)) };
         let mut reasons = Vec::new();
         if known.note.group != group {
@@ -589,12 +614,10 @@ impl Tracker {
         if !target.is_some_and(|target| target.slot == known.slot && target.diskseq == known.note.identity.diskseq) {
             reasons.push(format!("the programs no longer follow {} for it", disk.device()));
         }
-        // The misses first: whatever they skipped until now shows in the accounts that are read next.
-        let (then, misses) = (self.group_note(self.group_slot(known.note.group)?)?.misses, self.kernel.misses()?);
-        let links = self.kernel.links();
-        let now = self.reading(known.slot, &disk)?;
-        let detached = witness::broken_kinds(&then, &then, &links);
-        let mut skipped = witness::broken_kinds(&then, &misses, &links);
+        let (then, Programs { misses, links }) = (self.group_note(self.group_slot(known.note.group)?)?.misses, programs);
+        let now = self.reading(known.slot, || disk.sectors_changed())?;
+        let detached = witness::broken_kinds(&then, &then, links);
+        let mut skipped = witness::broken_kinds(&then, misses, links);
         if disk.keeps_account() {
             // Completions that were skipped are found by the kernel's account, and answered by the next flip.
             skipped.retain(|kind| *kind != "complete");
@@ -614,33 +637,74 @@ impl Tracker {
         Ok(reasons)
     }
 
+    /// See [`Tracker::flip`] and [`Tracker::flip_all`].
+    /// `captures`: whether capture is on from the store on; `None` = as it is.
+    fn flip_steps(&mut self, groups: &[GroupId], steps: u32, captures: Option<bool>) -> Res<()> {
+        // A group that is named twice flips once: its taken half is cleared once.
+        let phases: BTreeMap<GroupId, (u32, u32)> = groups
+            .iter()
+            .map(|group| self.group_slot(*group).map(|slot| (*group, (slot, self.kernel.phase(slot)))))
+            .collect::<Res<_>>()?;
+        let half = |phase: u32| u64::from(phase) % HALVES;
+        let active_of = |volume: &Volume| phases.get(&volume.note.group).map(|(_, phase)| half(*phase));
+        let members: Vec<(VolumeId, u64)> =
+            self.volumes.iter().filter_map(|(id, volume)| Some((*id, active_of(volume)?))).collect();
+        let before = self.answer_lost_completions(&members)?;
+        let taken = || members.iter().map(|(id, active)| (&self.volumes[id].halves, (active + 1) % HALVES));
+        if steps >= 1 {
+            taken().try_for_each(|(halves, taken)| halves.give_back(taken, HELD))?;
+        }
+        if steps >= 2 {
+            taken().try_for_each(|(halves, taken)| halves.clear(taken))?;
+        }
+        if steps >= 3 {
+            phases.values().for_each(|(slot, phase)| {
+                let captures = captures.unwrap_or_else(|| self.kernel.captures(*slot));
+                self.kernel.set_phase(*slot, phase.wrapping_add(1), captures);
+            });
+        }
+        if steps >= 4 {
+            self.grace_period()?;
+            self.begin_anew_in_quiet(before)?;
+        }
+        Ok(())
+    }
+
     /// Looks for completions that no program saw. Where some are missing, everything without a receipt goes back to the
     /// active half, which the flip then takes: 1 the bits, 2 the note that says they were answered (died in between, they
     /// are answered twice). Gives the readings of the volumes whose accounts did not begin in quiet.
-    fn answer_lost_completions(&mut self, group: GroupId, active: u64) -> Res<Vec<(VolumeId, Reading)>> {
+    fn answer_lost_completions(&mut self, members: &[(VolumeId, u64)]) -> Res<Vec<(VolumeId, Reading)>> {
         let mut not_quiet = Vec::new();
-        let (group_misses, misses) = (self.group_note(self.group_slot(group)?)?.misses, self.kernel.misses()?);
-        let ids: Vec<VolumeId> =
-            self.volumes.iter().filter(|(_, v)| v.claimed && v.note.group == group).map(|(id, _)| *id).collect();
-        for id in ids {
-            let known = self.volume(id)?;
-            // A disk that is gone or another one is for `doubts` to name.
-            let Ok(disk) = Disk::find(known.note.identity.major, known.note.identity.minor) else { continue };
-            if disk.difference(&known.note.identity).is_some() {
+        for (id, active) in members.iter().copied() {
+            let known = self.volume_mut(id)?;
+            if !known.claimed {
                 continue;
             }
-            let now = self.reading(known.slot, &disk)?;
+            if !known.account.as_ref().is_some_and(|account| account.is_of(known.note.identity.diskseq)) {
+                known.account = None;
+                // A disk that is gone or another one is for `doubts` to name.
+                let Ok(disk) = Disk::find(known.note.identity.major, known.note.identity.minor) else { continue };
+                if disk.difference(&known.note.identity).is_some() {
+                    continue;
+                }
+                known.account = Some(disk.account()?);
+            }
+            let known = self.volume(id)?;
+            let Some(account) = &known.account else { continue };
+            let now = self.reading(known.slot, || account.sectors_changed())?;
             let witness::Completions { lost, settled } = witness::completions(&known.note.reading(), known.note.answered, &now);
             // The in-flight table knows which they may have been, if every write since the accounts began was entered.
-            let entered = known.note.counts.untracked == now.counts.untracked && group_misses[0] == misses[0];
+            let entered = lost > 0
+                && known.note.counts.untracked == now.counts.untracked
+                && self.group_note(self.group_slot(known.note.group)?)?.misses[0] == self.kernel.misses()?[0];
             if lost > 0 && entered {
                 let flights = self.kernel.flights(known.slot);
                 tracing::info!(volume = %id, sectors = lost, writes = flights.len(), "completions were not seen: their blocks are taken once more");
-                known.halves.insert(active, &blocks_of(&flights, known.halves.blocks()));
+                known.halves.insert(active, &blocks_of(&flights, known.halves.blocks()))?;
             } else if lost > 0 {
                 tracing::info!(volume = %id, sectors = lost, "completions were not seen: what has no receipt is taken once more");
-                known.halves.give_back(HELD, active);
-                known.halves.give_back((active + 1) % HALVES, active);
+                known.halves.give_back(HELD, active)?;
+                known.halves.give_back((active + 1) % HALVES, active)?;
             }
             let known = self.volume_mut(id)?;
             let was = known.note.clone();
@@ -667,7 +731,7 @@ impl Tracker {
         for (id, then) in before {
             let known = self.volume(id)?;
             let Ok(disk) = Disk::find(known.note.identity.major, known.note.identity.minor) else { continue };
-            let (slot, now) = (known.slot, self.reading(known.slot, &disk)?);
+            let (slot, now) = (known.slot, self.reading(known.slot, || disk.sectors_changed())?);
             if then.quiet && then == now && disk.is_idle() {
                 let known = self.volume_mut(id)?;
                 known.note.take(&now);
@@ -683,7 +747,7 @@ impl Tracker {
     fn all_proved_whole(&self, group: GroupId) -> Res<bool> {
         for volume in self.members(group) {
             let Ok(disk) = Disk::find(volume.note.identity.major, volume.note.identity.minor) else { return Ok(false) };
-            if !witness::proved_whole(&volume.note.reading(), &self.reading(volume.slot, &disk)?) {
+            if !witness::proved_whole(&volume.note.reading(), &self.reading(volume.slot, || disk.sectors_changed())?) {
                 return Ok(false);
             }
         }
@@ -691,10 +755,10 @@ impl Tracker {
     }
 
     /// Both accounts of a disk: the kernel's first, the programs' afterwards.
-    fn reading(&self, slot: u32, disk: &Disk) -> Res<Reading> {
-        let before = self.kernel.counts(slot)?;
-        let stat_sectors = disk.sectors_changed()?;
-        let counts = self.kernel.counts(slot)?;
+    fn reading(&self, slot: u32, sectors_changed: impl FnOnce() -> Res<u64>) -> Res<Reading> {
+        let before = self.kernel.counts(slot);
+        let stat_sectors = sectors_changed()?;
+        let counts = self.kernel.counts(slot);
         Ok(Reading { stat_sectors, counts, quiet: before == counts })
     }
 
@@ -703,10 +767,10 @@ impl Tracker {
     fn beginning(&self, slot: u32, disk: &Disk) -> Res<Reading> {
         let mut reading = Reading::default();
         for _ in 0..SETTLE_TRIES {
-            let counts = self.kernel.counts(slot)?;
+            let counts = self.kernel.counts(slot);
             std::thread::sleep(SETTLE);
             let stat_sectors = disk.sectors_changed()?;
-            reading = Reading { stat_sectors, counts, quiet: self.kernel.counts(slot)? == counts && disk.is_idle() };
+            reading = Reading { stat_sectors, counts, quiet: self.kernel.counts(slot) == counts && disk.is_idle() };
             if reading.quiet {
                 break;
             }

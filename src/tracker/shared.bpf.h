@@ -101,6 +101,8 @@ struct volume {
 	u64 blocks;
 	u32 words; // of one half
 	u32 summary_words; // of one half
+	u32 sparse; // 1 = its blocks' bits are in leaves
+	u32 unused;
 };
 // Read and written whole: what begins with a phase begins with one store.
 struct group {

@@ -2,7 +2,9 @@
 
 use crate::host::DeviceIdentity;
 use crate::model::{Code, Fault, Res};
-use std::fs;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// A whole disk's directory under `/sys/dev/block`.
@@ -38,6 +40,14 @@ impl Disk {
             fs::read_to_string(self.dir.join("stat")).map_err(|e| Fault::io(format!("statistics of {}", self.device()), &e))?;
         sectors_in(&text)
             .ok_or_else(|| Fault::internal(format!("statistics of {}", self.device()), format!("cannot be read: {text:?}")))
+    }
+    /// The same account, to be read often.
+    pub(super) fn account(&self) -> Res<Account> {
+        let open = |attribute: &str| {
+            let path = self.dir.join(attribute);
+            File::open(&path).map_err(|e| Fault::io(path.display().to_string(), &e))
+        };
+        Ok(Account { stat: open("stat")?, diskseq: open("diskseq")?, device: self.device() })
     }
     /// Whether no request is with the driver now.
     pub(super) fn is_idle(&self) -> bool {
@@ -124,6 +134,46 @@ impl Disk {
             let now = self.word(attribute).unwrap_or_else(|| "unknown".to_owned());
             format!("{attribute} of {} is {now}, was {was}", self.device())
         })
+    }
+}
+
+/// The statistics of a disk, kept open. When the disk goes, reading them fails, also if another one gets its number.
+pub(super) struct Account {
+    stat: File,
+    diskseq: File,
+    device: String,
+}
+
+impl Account {
+    /// Whether the disk still has this sequence number: a loop device keeps its files when another image is attached.
+    pub(super) fn is_of(&self, diskseq: u64) -> bool {
+        read_whole(&self.diskseq).is_ok_and(|text| text.trim().parse() == Ok(diskseq))
+    }
+    /// As [`Disk::sectors_changed`].
+    pub(super) fn sectors_changed(&self) -> Res<u64> {
+        let thing = || format!("statistics of {}", self.device);
+        let text = read_whole(&self.stat).map_err(|e| Fault::io(thing(), &e))?;
+        sectors_in(&text).ok_or_else(|| Fault::internal(thing(), format!("cannot be read: {text:?}")))
+    }
+}
+
+/// An attribute of sysfs, made anew by the kernel for each read from its start; far shorter than the buffer.
+fn read_whole(file: &File) -> io::Result<String> {
+    let mut buffer = [0; 1024];
+    let length = file.read_at(&mut buffer, 0)?;
+    String::from_utf8(buffer[..length].to_vec()).map_err(io::Error::other)
+}
+
+/// Raises the soft limit of open files towards the hard one: each volume keeps two, and 1,024 is what a service starts with.
+pub(super) fn allow_many_files() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    const ENOUGH: u64 = 1 << 14;
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| match soft < ENOUGH.min(hard) {
+        true => setrlimit(Resource::RLIMIT_NOFILE, ENOUGH.min(hard), hard),
+        false => Ok(()),
+    });
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files stays as it is: a few hundred volumes may be too many for it");
     }
 }
 
