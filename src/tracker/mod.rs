@@ -293,6 +293,12 @@ impl Tracker {
         self.flip_steps(&[group], steps, None)
     }
 
+    /// Fills the in-flight table, so that no write finds a place in it. For tests.
+    #[doc(hidden)]
+    pub fn crowd_flights(&self) {
+        self.kernel.crowd_flights();
+    }
+
     /// Runs of each program and the nanoseconds they took together, since they were loaded and while `kernel.bpf_stats_enabled` was
     /// set. For measurements.
     #[doc(hidden)]
