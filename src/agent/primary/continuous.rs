@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 /// An idle group says so often that nothing has changed; in between it sleeps.
 pub(super) const HEARTBEAT: Duration = Duration::from_secs(1);
-/// A group that was not written for so long gives the memory of its ring back.
-const RING_KEPT: Duration = Duration::from_secs(120);
+/// A group that was not written for so many checkpoints gives the memory of its ring back.
+const RING_KEPT_CHECKPOINTS: u32 = 2;
 /// The ring of a group in interval mode, made anew for each cut.
 const INTERVAL_RING_BYTES: u64 = 16 << 20;
 /// Blocks compared between two generations (16 MiB), so that a check never delays one for long.
@@ -30,11 +30,70 @@ pub(super) struct Capturing {
     watch: Watch,
     /// When the last write was seen.
     written: Instant,
-    checkpoint: Instant,
-    /// What the last checkpoint took: to be compared where it has not been written since. By volume.
-    check: Vec<BlockSet>,
-    /// What nobody wrote, to be compared with it.
-    scrub: Vec<BlockSet>,
+    /// The bitmap was flipped and no receipt has come since.
+    flipped: bool,
+}
+
+/// What is to be compared of one volume, with what was shipped of it.
+pub(super) struct Checks {
+    /// What checkpoints took: to be compared where it has not been written since.
+    written: BlockSet,
+    /// What nobody wrote.
+    scrub: BlockSet,
+    /// Where the scrub goes on, in blocks.
+    next: u64,
+    /// The scrub's first time round. What an earlier life of the agent took and had not compared is not known any more, so what
+    /// differs now may have been written then: it counts as written.
+    first_round: bool,
+    /// The scrub's window is the last of its round.
+    last_window: bool,
+}
+
+impl Checks {
+    pub(super) fn new(blocks: u64) -> Checks {
+        let none = BlockSet::empty(blocks);
+        Checks { written: none.clone(), scrub: none, next: 0, first_round: true, last_window: false }
+    }
+
+    /// These blocks were written.
+    fn took(&mut self, taken: &BlockSet) {
+        // What an earlier checkpoint left over is compared too, in so far as it is clean.
+        self.written.union(taken);
+        // Also of a window that is not done: what was written since is no longer what nobody wrote.
+        self.scrub.subtract(&self.written);
+    }
+
+    /// A checkpoint took these blocks: they are to be compared, and a window of what nobody wrote, once the last one is done.
+    fn begin(&mut self, taken: &BlockSet) {
+        if self.scrub.is_empty() {
+            let blocks = self.written.blocks();
+            if std::mem::take(&mut self.last_window) {
+                self.first_round = false;
+            }
+            let window = BlockRun { start: self.next, count: SCRUB_BLOCKS.min(blocks - self.next) };
+            self.last_window = window.end() >= blocks;
+            self.next = if self.last_window { 0 } else { window.end() };
+            self.scrub.insert(window);
+        }
+        self.took(taken);
+    }
+
+    /// The next blocks to compare, at most so many.
+    fn step(&mut self, written: bool, most: u64) -> BlockSet {
+        let due = if written { &mut self.written } else { &mut self.scrub };
+        let mut step = BlockSet::empty(due.blocks());
+        let mut left = most;
+        for run in due.runs(64) {
+            let run = BlockRun { count: run.count.min(left), ..run };
+            step.insert(run);
+            left -= run.count;
+            if left == 0 {
+                break;
+            }
+        }
+        due.subtract(&step);
+        step
+    }
 }
 
 impl Primary {
@@ -113,7 +172,7 @@ impl Primary {
                 self.rounds(wire, &mut rounds, position, landing, dirty_bytes, limits)?;
             }
             self.start_capturing()?;
-        } else if self.capturing.as_ref().is_some_and(|c| c.checkpoint.elapsed() >= self.agent.settings.checkpoint_interval) {
+        } else if self.checkpointed.elapsed() >= self.agent.settings.checkpoint_interval {
             // 2
             self.begin_checkpoint()?;
         }
@@ -123,12 +182,17 @@ impl Primary {
         self.refuse_doubts()?;
         let Some(capturing) = &mut self.capturing else { return Err(Fault::internal("the stream", "it has ended")) };
         let parts = capturing.stream.gathered() as u64;
-        if parts == 0 && !rounds.open {
+        let quiet = parts == 0 && !rounds.open;
+        if quiet && !self.owes_a_receipt()? {
             self.nothing_changed(wire, tip.0, cut_at)?;
             self.check_step()?;
             return Ok(tip);
         }
-        capturing.written = Instant::now();
+        match quiet {
+            // It carries nothing: no lag ends with it.
+            true => self.woken = cut_at,
+            false => self.capturing.iter_mut().for_each(|capturing| capturing.written = Instant::now()),
+        }
         // 5
         let bound = parts * (BLOCK_BYTES + RECORD_HEADER_BYTES as u64);
         match rounds.open {
@@ -140,12 +204,12 @@ impl Primary {
         let sent = std::mem::take(&mut rounds.sent);
         let pending = super::Pending { position, cut_at, began, pieces: Vec::new(), sent, begun: true };
         let tip = self.finish(wire, pending)?;
-        if self.agent.settings.mode == Mode::Interval {
-            self.stop_capturing();
-            return Ok(tip);
-        }
+        self.capturing.iter_mut().for_each(|capturing| capturing.flipped = false);
         // 7
         self.check_step()?;
+        if self.agent.settings.mode == Mode::Interval {
+            self.stop_capturing();
+        }
         Ok(tip)
     }
 
@@ -160,9 +224,42 @@ impl Primary {
         let stream = Stream::open(self.agent.tracker_cell()?, self.spec.id, &sources, ring_bytes)?;
         let watch = Watch::start(stream.capture().fd())?;
         let now = Instant::now();
-        let check: Vec<BlockSet> = self.spec.volumes.iter().map(|v| BlockSet::empty(v.blocks())).collect();
-        self.capturing = Some(Capturing { stream, watch, written: now, checkpoint: now, scrub: check.clone(), check });
+        self.capturing = Some(Capturing { stream, watch, written: now, flipped: true });
+        let tracker = self.agent.tracker()?;
+        // In interval mode each cut begins with a flip; now and then one of them is a checkpoint.
+        let scrubs =
+            self.agent.settings.mode == Mode::Interval && self.checkpointed.elapsed() >= self.agent.settings.checkpoint_interval;
+        for (checks, volume) in self.checks.iter_mut().zip(&self.spec.volumes) {
+            let taken = tracker.taken(volume.id)?;
+            match scrubs {
+                true => checks.begin(&taken),
+                false => checks.took(&taken),
+            }
+        }
+        drop(tracker);
+        if scrubs {
+            self.checkpointed = now;
+            self.group.with_live(|live| live.counters.checkpoints += 1);
+        }
         Ok(())
+    }
+
+    /// Whether there are bits that only a receipt can let go although everything that they stand for was shipped: a group that rests
+    /// would carry them for ever, read it all again when it wakes without its ring, and never look clean. A generation
+    /// without any block brings that receipt.
+    fn owes_a_receipt(&mut self) -> Res<bool> {
+        let Some(capturing) = &mut self.capturing else { return Ok(false) };
+        if !capturing.flipped {
+            return Ok(false);
+        }
+        let tracker = self.agent.tracker()?;
+        for volume in &self.spec.volumes {
+            if tracker.dirty_blocks(volume.id)? > tracker.active_blocks(volume.id)? {
+                return Ok(true);
+            }
+        }
+        capturing.flipped = false;
+        Ok(false)
     }
 
     /// What users have handed to their file systems is handed to the devices: who asks for a sync means that too.
@@ -191,9 +288,17 @@ impl Primary {
             let Some(capturing) = capturing else { return Err(Fault::internal("the stream", "it has ended")) };
             let sources = sources(&spec.volumes, volumes);
             let before = capturing.stream.counts();
+            let counted: Vec<_> = (0..spec.volumes.len()).map(|index| capturing.stream.volume_counts(index)).collect();
             let step = capturing.stream.look(agent.tracker_cell()?, &sources, engine.as_mut(), limits)?;
             let after = capturing.stream.counts();
+            let each: Vec<_> = (0..self.spec.volumes.len()).map(|index| capturing.stream.volume_counts(index)).collect();
+            let each = each.into_iter().zip(counted);
             self.group.with_live(|live| {
+                for (volume, (after, before)) in live.volumes.iter_mut().zip(each) {
+                    volume.captured_bytes += after.captured_bytes - before.captured_bytes;
+                    volume.holes += after.holes - before.holes;
+                    volume.reread_bytes += after.reread_bytes - before.reread_bytes;
+                }
                 let captured = after.captured_bytes - before.captured_bytes;
                 live.counters.bytes_captured += captured;
                 live.counters.bytes_read += after.reread_bytes - before.reread_bytes;
@@ -264,10 +369,12 @@ impl Primary {
         let message = wire.sender.unchanged(at)?;
         wire.send(&message)?;
         self.good(tip, at);
-        let long = self.capturing.as_ref().is_some_and(|c| c.written.elapsed() > RING_KEPT);
+        let kept = self.agent.settings.checkpoint_interval * RING_KEPT_CHECKPOINTS;
+        let long = self.capturing.as_ref().is_some_and(|c| c.written.elapsed() > kept);
         let mode = self.agent.settings.mode;
         // The bitmap goes on without the ring. What was taken and is held goes with the next receipt, as always.
         if long || mode == Mode::Interval {
+            tracing::debug!(group = %self.group.name, "the ring's memory is given back");
             self.stop_capturing();
         }
         Ok(())
@@ -276,19 +383,12 @@ impl Primary {
     /// Flips the bitmap and remembers what was taken, to be compared.
     fn begin_checkpoint(&mut self) -> Res<()> {
         let Some(capturing) = &mut self.capturing else { return Ok(()) };
-        capturing.checkpoint = Instant::now();
+        self.checkpointed = Instant::now();
         capturing.stream.flip(self.agent.tracker_cell()?)?;
+        capturing.flipped = true;
         let tracker = self.agent.tracker()?;
-        for (index, volume) in self.spec.volumes.iter().enumerate() {
-            // What an earlier checkpoint left over is compared too, in so far as it is clean.
-            capturing.check[index].union(&tracker.taken(volume.id)?);
-            let (blocks, at) = (volume.blocks(), &mut self.scrubbed[index]);
-            let window = BlockRun { start: *at, count: SCRUB_BLOCKS.min(blocks - *at) };
-            *at = if window.end() >= blocks { 0 } else { window.end() };
-            let mut scrub = BlockSet::empty(blocks);
-            scrub.insert(window);
-            scrub.subtract(&capturing.check[index]);
-            capturing.scrub[index] = scrub;
+        for (checks, volume) in self.checks.iter_mut().zip(&self.spec.volumes) {
+            checks.begin(&tracker.taken(volume.id)?);
         }
         drop(tracker);
         self.group.with_live(|live| live.counters.checkpoints += 1);
@@ -303,24 +403,22 @@ impl Primary {
     /// change while they are written), of others it never is.
     fn check_step(&mut self) -> Res<()> {
         let mut budget = CHECK_STEP_BLOCKS;
+        let mut turns = 2 * self.spec.volumes.len() as u64;
         for index in 0..self.spec.volumes.len() {
             for written in [true, false] {
-                let Primary { capturing: Some(capturing), spec, agent, volumes, engine, known, .. } = self else { return Ok(()) };
-                let due = if written { &mut capturing.check[index] } else { &mut capturing.scrub[index] };
-                if budget == 0 || due.is_empty() {
+                let Primary { capturing: Some(capturing), spec, agent, volumes, engine, known, checks, .. } = self else {
+                    return Ok(());
+                };
+                let (id, blocks) = (spec.volumes[index].id, spec.volumes[index].blocks());
+                // To each its share, so that a busy volume does not keep the others from ever being looked at; what one leaves over
+                // goes to the next.
+                let mut step = checks[index].step(written, (budget / turns).max(1));
+                budget -= step.count().min(budget);
+                turns -= 1;
+                if step.is_empty() {
                     continue;
                 }
-                let (id, blocks) = (spec.volumes[index].id, spec.volumes[index].blocks());
-                let mut step = BlockSet::empty(blocks);
-                for run in due.runs(64) {
-                    let run = BlockRun { count: run.count.min(budget), ..run };
-                    step.insert(run);
-                    budget -= run.count;
-                    if budget == 0 {
-                        break;
-                    }
-                }
-                due.subtract(&step);
+                let written = written || checks[index].first_round;
                 step.subtract(&agent.tracker()?.active(id)?);
                 for range in capturing.stream.capture().in_flight(index) {
                     let (first, end) = (range.offset / BLOCK_BYTES, range.end().div_ceil(BLOCK_BYTES).min(blocks));
