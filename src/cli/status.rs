@@ -191,6 +191,21 @@ mod tests {
     }
 
     #[test]
+    fn the_cut_is_named_with_what_it_costs() {
+        let group = |cut: &str, reason: Value| {
+            json!({"volumes": [{"cut": cut, "cut_reason": reason}, {"cut": cut, "cut_reason": reason}],
+                   "counters": {"lag_p99_ms": 87.4, "lag_max_ms": 1200, "freeze_p99_ms": 45.2, "freeze_max_ms": null}})
+        };
+        assert_eq!(cut(&group("capture", Value::Null)).unwrap(), "capture: no stall; lag p99 87 ms, max 1200 ms");
+        let text = cut(&group("freeze", json!("locked\u{1b}down"))).unwrap();
+        let lag = "lag p99 87 ms, max 1200 ms";
+        assert_eq!(text, format!("freeze: stall p99 45 ms, max unknown; {lag}; not from captured writes: locked\u{fffd}down"));
+        assert!(cut(&group("unmounted", json!("why"))).unwrap().starts_with("unmounted: nobody to stall; "));
+        assert_eq!(cut(&group("", Value::Null)), None, "a standby cuts nothing");
+        assert!(cut(&json!({"volumes": [{"cut": "capture"}]})).unwrap().contains("lag p99 unknown"));
+    }
+
+    #[test]
     fn an_instant_has_its_age() {
         let at = |ms| instant(&json!("2026-08-22T10:11:12.345Z"), Moment(ms));
         assert_eq!(at(1_787_393_473_345), "2026-08-22T10:11:12Z (1.0 s ago)");

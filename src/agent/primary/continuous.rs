@@ -494,3 +494,44 @@ pub(super) fn sources<'a>(specs: &'a [VolumeSpec], volumes: &'a [Opened]) -> Vec
     };
     specs.iter().zip(volumes).map(source).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn set(blocks: u64, runs: &[(u64, u64)]) -> BlockSet {
+        let mut set = BlockSet::empty(blocks);
+        runs.iter().for_each(|(start, count)| set.insert(BlockRun { start: *start, count: *count }));
+        set
+    }
+
+    #[test]
+    fn the_scrub_goes_round_and_leaves_nothing_out_however_short_the_checkpoints_are() {
+        let blocks = 2 * SCRUB_BLOCKS + 100;
+        let (mut checks, mut seen) = (Checks::new(blocks), BlockSet::empty(blocks));
+        let mut rounds = 0;
+        while checks.first_round {
+            checks.begin(&set(blocks, &[]));
+            // Far less is compared between two checkpoints than a window holds.
+            seen.union(&checks.step(false, 1000));
+            rounds += 1;
+            assert!(rounds < 100, "it never comes round");
+        }
+        assert_eq!(seen.count(), blocks);
+    }
+
+    #[test]
+    fn what_was_written_is_never_compared_as_if_nobody_had_written_it() {
+        let mut checks = Checks::new(1000);
+        checks.begin(&set(1000, &[(5, 2)]));
+        assert_eq!(checks.step(false, 10), set(1000, &[(0, 5), (7, 5)]));
+        // Written while its window waits, found by a checkpoint or by a new beginning of capture.
+        checks.begin(&set(1000, &[(20, 1)]));
+        checks.took(&set(1000, &[(13, 1)]));
+        assert_eq!(checks.step(false, 10), set(1000, &[(12, 1), (14, 6), (21, 3)]));
+        // It stays "written" until it was compared as that.
+        assert_eq!(checks.step(true, 3), set(1000, &[(5, 2), (13, 1)]));
+        assert_eq!(checks.step(true, 3), set(1000, &[(20, 1)]));
+        assert_eq!(checks.step(true, 3).count(), 0);
+    }
+}
