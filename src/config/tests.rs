@@ -1,7 +1,7 @@
 //! What the file may say, and how each mistake is answered.
 
-use crate::config::{Settings, parse, parse_duration, parse_size};
 use crate::config::Mode;
+use crate::config::{Settings, parse, parse_duration, parse_size};
 use crate::model::{Code, EngineKind};
 use proptest::prelude::*;
 use std::time::Duration;

@@ -42,6 +42,8 @@ pub(super) struct Checks {
     scrub: BlockSet,
     /// Where the scrub goes on, in blocks.
     next: u64,
+    /// Where the comparison of what was written goes on, in blocks: a busy beginning of the volume must not keep its end waiting.
+    turn: u64,
     /// The scrub's first time round. What an earlier life of the agent took and had not compared is not known any more, so what
     /// differs now may have been written then: it counts as written.
     first_round: bool,
@@ -52,7 +54,7 @@ pub(super) struct Checks {
 impl Checks {
     pub(super) fn new(blocks: u64) -> Checks {
         let none = BlockSet::empty(blocks);
-        Checks { written: none.clone(), scrub: none, next: 0, first_round: true, last_window: false }
+        Checks { written: none.clone(), scrub: none, next: 0, turn: 0, first_round: true, last_window: false }
     }
 
     /// These blocks were written.
@@ -78,18 +80,31 @@ impl Checks {
         self.took(taken);
     }
 
+    /// Gives back the memory of sets that are empty: a new one has none until something is set.
+    fn give_back(&mut self) {
+        for set in [&mut self.written, &mut self.scrub] {
+            if set.is_empty() {
+                *set = BlockSet::empty(set.blocks());
+            }
+        }
+    }
+
     /// The next blocks to compare, at most so many.
     fn step(&mut self, written: bool, most: u64) -> BlockSet {
-        let due = if written { &mut self.written } else { &mut self.scrub };
+        let (due, from) = if written { (&mut self.written, self.turn) } else { (&mut self.scrub, 0) };
         let mut step = BlockSet::empty(due.blocks());
         let mut left = most;
-        for run in due.runs(64) {
-            let run = BlockRun { count: run.count.min(left), ..run };
+        for run in due.runs(64).filter(|run| run.end() > from) {
+            let start = run.start.max(from);
+            let run = BlockRun { start, count: (run.end() - start).min(left) };
             step.insert(run);
             left -= run.count;
             if left == 0 {
                 break;
             }
+        }
+        if written {
+            self.turn = if left == 0 { step.runs(u64::MAX).last().map_or(0, |run| run.end()) } else { 0 };
         }
         due.subtract(&step);
         step
@@ -370,11 +385,13 @@ impl Primary {
         wire.send(&message)?;
         self.good(tip, at);
         let kept = self.agent.settings.checkpoint_interval * RING_KEPT_CHECKPOINTS;
-        let long = self.capturing.as_ref().is_some_and(|c| c.written.elapsed() > kept);
+        let compared = self.checks.iter().all(|checks| checks.written.is_empty());
+        let long = compared && self.capturing.as_ref().is_some_and(|c| c.written.elapsed() > kept);
         let mode = self.agent.settings.mode;
         // The bitmap goes on without the ring. What was taken and is held goes with the next receipt, as always.
         if long || mode == Mode::Interval {
             tracing::debug!(group = %self.group.name, "the ring's memory is given back");
+            self.checks.iter_mut().for_each(Checks::give_back);
             self.stop_capturing();
         }
         Ok(())
@@ -533,5 +550,18 @@ mod tests {
         assert_eq!(checks.step(true, 3), set(1000, &[(5, 2), (13, 1)]));
         assert_eq!(checks.step(true, 3), set(1000, &[(20, 1)]));
         assert_eq!(checks.step(true, 3).count(), 0);
+    }
+
+    #[test]
+    fn a_busy_beginning_does_not_keep_the_end_waiting() {
+        let mut checks = Checks::new(1000);
+        checks.took(&set(1000, &[(0, 100), (900, 1)]));
+        for _ in 0..11 {
+            checks.step(true, 10);
+            checks.took(&set(1000, &[(0, 100)]));
+        }
+        assert_eq!(checks.written, set(1000, &[(0, 100)]), "block 900 was compared in its turn");
+        checks.step(true, 1000);
+        assert!(checks.step(true, 1000).count() == 0 && checks.written.is_empty());
     }
 }
