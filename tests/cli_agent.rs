@@ -95,10 +95,11 @@ fn status() -> Value {
         "rpo_seconds": 1.25, "mode": "interval", "peer": {"name": "beta", "connected": false},
         "volumes": [
             {"name": "pgdata", "device": "/dev/loop3", "size_bytes": 2u64 << 30, "block_bytes": 4096, "dirty_bytes": 131_072,
-             "tracker": "bitmap", "cut": "freeze", "in_sync": true},
+             "tracker": "bitmap", "cut": "freeze", "cut_reason": "mode = \"freeze\" is configured", "in_sync": true},
             {"name": "up\u{1b}[31mloads", "device": null, "size_bytes": 1u64 << 20, "block_bytes": 4096, "dirty_bytes": null,
              "tracker": null, "cut": "freeze", "in_sync": null}],
         "images": [{"ref": "postgres:17", "id": "sha256:0123456789abcdef0123456789abcdef", "on_standby": true}],
+        "counters": {"freeze_p99_ms": 45.2, "freeze_max_ms": 180.9, "lag_p99_ms": null},
         "containers": ["db", "web"], "progress": {"what": "first sync", "done_bytes": 1024, "total_bytes": 4096},
         "last_drill": null, "state": "replicating", "faults": ["peer beta: no route to host; look at the network [PEER_UNREACHABLE]"]}]})
 }
@@ -122,6 +123,7 @@ fn the_status_is_a_table_for_people_and_the_value_for_programs() {
          \x20 peer            beta, NOT CONNECTED\n\
          \x20 state           replicating\n\
          \x20 progress        first sync, 1.0 KiB of 4.0 KiB\n\
+         \x20 cut             freeze: stall p99 45 ms, max 181 ms; lag p99 unknown, max unknown; not from captured writes: mode = \"freeze\" is configured\n\
          \x20 VOLUME        DEVICE         SIZE      DIRTY  IN SYNC  CUT     TRACKER\n\
          \x20 pgdata        /dev/loop3  2.0 GiB  128.0 KiB  yes      freeze  bitmap\n\
          \x20 up\u{fffd}[31mloads  unknown     1.0 MiB    unknown  unknown  freeze  unknown\n\

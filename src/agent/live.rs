@@ -106,6 +106,14 @@ pub struct LiveVolume {
     pub tracker: String,
     /// How it is cut: `capture`, `freeze`, `unmounted`.
     pub cut: String,
+    /// Why not from captured writes; `None` where it is.
+    pub cut_reason: Option<String>,
+    /// Data of its writes copied as they completed, in bytes since the agent began.
+    pub captured_bytes: u64,
+    /// Its ranges that changed and were read because their data was not captured.
+    pub holes: u64,
+    /// What was read of it for these, in bytes.
+    pub reread_bytes: u64,
 }
 
 /// How far a long step is.

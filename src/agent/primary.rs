@@ -90,8 +90,10 @@ struct Primary {
     capturing: Option<continuous::Capturing>,
     /// Whether captured writes are worth lz4.
     thrift: Thrift,
-    /// How far each volume's scrub has come, in blocks.
-    scrubbed: Vec<u64>,
+    /// What is to be compared, by volume. Outlives capture: what was shipped and not compared yet stays "written".
+    checks: Vec<continuous::Checks>,
+    /// When the last checkpoint began.
+    checkpointed: Instant,
     /// Nothing was written at the last look: the next write ends the rest.
     asleep: bool,
     /// When the first write after a rest was seen.
@@ -211,12 +213,15 @@ impl Primary {
         }
         let engine = device::engine(agent.settings.io_engine, agent.settings.queue_depth)?;
         let freezer = host::Freezer::start(&agent.program)?;
+        let checks = record.spec.volumes.iter().map(|v| continuous::Checks::new(v.blocks())).collect();
         let capture_refusal = Primary::refusal(agent, &volumes)?;
         if let Some(reason) = &capture_refusal {
             tracing::warn!(group = %group.name, %reason, "cuts are made with a freeze");
         }
         group.with_live(|live| {
             live.engine = engine.name().into();
+            // Opened again after a fault, counters go on.
+            let mut before = std::mem::take(&mut live.volumes).into_iter();
             live.volumes = volumes
                 .iter()
                 .map(|v| crate::agent::live::LiveVolume {
@@ -224,6 +229,8 @@ impl Primary {
                     dirty_bytes: None,
                     tracker: "bitmap".into(),
                     cut: if capture_refusal.is_some() { "freeze".into() } else { "capture".into() },
+                    cut_reason: capture_refusal.clone(),
+                    ..before.next().unwrap_or_default()
                 })
                 .collect();
         });
@@ -246,7 +253,8 @@ impl Primary {
             capture_refusal,
             capturing: None,
             thrift: Thrift::default(),
-            scrubbed: vec![0; group.record()?.spec.volumes.len()],
+            checks,
+            checkpointed: Instant::now(),
             asleep: false,
             woken: Moment(0),
         })

@@ -59,10 +59,13 @@ fn row(group: &Group) -> Value {
         .iter()
         .enumerate()
         .map(|(index, volume)| {
-            let seen = live.volumes.get(index).cloned().unwrap_or_default();
+            let known = live.volumes.get(index);
+            let seen = known.cloned().unwrap_or_default();
             json!({
                 "name": volume.name, "device": seen.device, "size_bytes": volume.size_bytes, "block_bytes": BLOCK_BYTES,
                 "dirty_bytes": seen.dirty_bytes, "tracker": seen.tracker, "cut": seen.cut, "in_sync": live.in_sync,
+                "cut_reason": seen.cut_reason, "captured_bytes": known.map(|v| v.captured_bytes),
+                "holes": known.map(|v| v.holes), "reread_bytes": known.map(|v| v.reread_bytes),
             })
         })
         .collect();

@@ -37,6 +37,28 @@ fn connected(peer: &Value) -> &'static str {
     }
 }
 
+/// Which cut is in use, what it costs whoever writes, and why it is not the best one. `None` where nothing is cut (a standby).
+fn cut(group: &Value) -> Option<String> {
+    let mut kinds: Vec<&str> =
+        items(group, "volumes").iter().filter_map(|v| v["cut"].as_str()).filter(|c| !c.is_empty()).collect();
+    kinds.dedup();
+    if kinds.is_empty() {
+        return None;
+    }
+    let counters = &group["counters"];
+    let ms = |key: &str| counters[key].as_f64().map_or("unknown".into(), |ms| format!("{ms:.0} ms"));
+    let lag = format!("lag p99 {}, max {}", ms("lag_p99_ms"), ms("lag_max_ms"));
+    let mut text = match kinds[..] {
+        ["capture"] => format!("capture: no stall; {lag}"),
+        ["unmounted"] => format!("unmounted: nobody to stall; {lag}"),
+        _ => format!("{}: stall p99 {}, max {}; {lag}", kinds.join(" and "), ms("freeze_p99_ms"), ms("freeze_max_ms")),
+    };
+    if let Some(reason) = items(group, "volumes").iter().find_map(|v| v["cut_reason"].as_str()) {
+        text.push_str(&format!("; not from captured writes: {}", plain(reason)));
+    }
+    Some(plain(&text))
+}
+
 fn position(group: &Value) -> String {
     format!("epoch {}, generation {}", word(&group["epoch"]), word(&group["generation"]))
 }
@@ -88,6 +110,9 @@ fn render_group(status: &Value, group: &Value, now: Moment) -> String {
             word(&v["tracker"]), // the last column: it may be a whole sentence
         ]
     };
+    if let Some(cut) = cut(group) {
+        line("cut", cut);
+    }
     let rows: Vec<_> = items(group, "volumes").iter().map(volume).collect();
     if !rows.is_empty() {
         text.push_str(&table("  ", &["VOLUME", "DEVICE", ">SIZE", ">DIRTY", "IN SYNC", "CUT", "TRACKER"], &rows));
@@ -163,6 +188,21 @@ mod tests {
             assert!(render(&odd, Moment(1)).contains("host unknown"));
             assert!((render(&odd, Moment(1)) + &lines(&odd, Moment(1))).matches("groups unknown").count() == 2);
         }
+    }
+
+    #[test]
+    fn the_cut_is_named_with_what_it_costs() {
+        let group = |cut: &str, reason: Value| {
+            json!({"volumes": [{"cut": cut, "cut_reason": reason}, {"cut": cut, "cut_reason": reason}],
+                   "counters": {"lag_p99_ms": 87.4, "lag_max_ms": 1200, "freeze_p99_ms": 45.2, "freeze_max_ms": null}})
+        };
+        assert_eq!(cut(&group("capture", Value::Null)).unwrap(), "capture: no stall; lag p99 87 ms, max 1200 ms");
+        let text = cut(&group("freeze", json!("locked\u{1b}down"))).unwrap();
+        let lag = "lag p99 87 ms, max 1200 ms";
+        assert_eq!(text, format!("freeze: stall p99 45 ms, max unknown; {lag}; not from captured writes: locked\u{fffd}down"));
+        assert!(cut(&group("unmounted", json!("why"))).unwrap().starts_with("unmounted: nobody to stall; "));
+        assert_eq!(cut(&group("", Value::Null)), None, "a standby cuts nothing");
+        assert!(cut(&json!({"volumes": [{"cut": "capture"}]})).unwrap().contains("lag p99 unknown"));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What the file may say, and how each mistake is answered.
 
+use crate::config::Mode;
 use crate::config::{Settings, parse, parse_duration, parse_size};
 use crate::config::Mode;
 use crate::model::{Code, EngineKind};

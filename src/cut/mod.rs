@@ -8,7 +8,7 @@ mod batch;
 mod stream;
 
 pub use batch::Change;
-pub use stream::{Step, Stream, StreamCounts, StreamPlant};
+pub use stream::{Step, Stream, StreamCounts, StreamPlant, VolumeCounts};
 
 use crate::device::DeviceFile;
 use crate::device::Engine;

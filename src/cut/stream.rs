@@ -45,6 +45,17 @@ pub struct StreamCounts {
     pub missed: u64,
 }
 
+/// The same of one volume.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VolumeCounts {
+    /// Bytes captured.
+    pub captured_bytes: u64,
+    /// Bytes read because their data was not in the ring.
+    pub reread_bytes: u64,
+    /// Holes: ranges whose data was not in the ring.
+    pub holes: u64,
+}
+
 /// One group's captured writes on their way into cuts.
 pub struct Stream {
     group: GroupId,
@@ -54,6 +65,8 @@ pub struct Stream {
     unread: Vec<BlockSet>,
     sizes: Vec<u64>,
     counts: StreamCounts,
+    /// By volume.
+    each: Vec<VolumeCounts>,
     /// A fault planted by a test.
     plant: StreamPlant,
 }
@@ -93,6 +106,7 @@ impl Stream {
             unread: sources.iter().map(|s| BlockSet::empty(s.image.size_bytes().div_ceil(BLOCK_BYTES))).collect(),
             sizes: sources.iter().map(|s| s.image.size_bytes()).collect(),
             counts: StreamCounts::default(),
+            each: vec![VolumeCounts::default(); sources.len()],
             plant: StreamPlant::Nothing,
         };
         stream.read_taken(tracker, sources)?;
@@ -179,7 +193,7 @@ impl Stream {
 
     /// Takes the records that are there.
     fn walk(&mut self) -> Res<()> {
-        let Stream { capture, gathered, unread, sizes, counts, plant, .. } = self;
+        let Stream { capture, gathered, unread, sizes, counts, each, plant, .. } = self;
         let to = capture.produced();
         let mut records = Vec::new();
         let mut number = counts.captured_bytes;
@@ -190,10 +204,12 @@ impl Stream {
                 What::Data(position) if inside => {
                     gathered.add_data(volume as u16, range.offset, range.len, position);
                     counts.captured_bytes += range.len;
+                    each[volume].captured_bytes += range.len;
                 }
                 What::Zero if inside && range.len <= ZERO_BYTES_MAX => gathered.add_zero(volume as u16, range.offset, range.len),
                 _ => {
                     counts.holes += 1;
+                    each[volume].holes += 1;
                     insert(&mut unread[volume], range);
                 }
             }
@@ -240,7 +256,10 @@ impl Stream {
                 Ok(())
             });
             match read {
-                Ok(bytes) => self.counts.reread_bytes += bytes,
+                Ok(bytes) => {
+                    self.counts.reread_bytes += bytes;
+                    self.each[index].reread_bytes += bytes;
+                }
                 Err(fault) => {
                     // What was read stays true; what was not must still be read.
                     self.unread[index].union(&set);
@@ -275,6 +294,10 @@ impl Stream {
     /// What was seen so far.
     pub fn counts(&self) -> StreamCounts {
         self.counts
+    }
+    /// What was seen of one volume (by index) so far.
+    pub fn volume_counts(&self, index: usize) -> VolumeCounts {
+        self.each[index]
     }
     /// Parts of blocks gathered for the next cut.
     pub fn gathered(&self) -> usize {

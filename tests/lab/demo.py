@@ -230,7 +230,11 @@ def table(figures, steps):
         ("bytes changed / read", f"{size(figures['bytes_changed'])} / {size(figures['bytes_read'])}"),
         ("bytes sent / written on the standby", f"{size(figures['bytes_sent'])} / {size(figures['bytes_written'])}"),
         ("cycle p50 / p99", f"{ms('cycle_p50_ms')} / {ms('cycle_p99_ms')}"),
-        ("freeze p50 / longest", f"{ms('freeze_p50_ms')} / {ms('freeze_max_ms')}"),
+        ("cut", figures.get("cut") or "unknown"),
+        ("writers stalled by a cut, p50 / longest",
+         "never: nothing is frozen" if figures.get("cut") == "capture" and figures["freeze_max_ms"] is None
+         else f"{ms('freeze_p50_ms')} / {ms('freeze_max_ms')}"),
+        ("lag of the standby p50 / p99 / longest", f"{ms('lag_p50_ms')} / {ms('lag_p99_ms')} / {ms('lag_max_ms')}"),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
@@ -298,7 +302,9 @@ def play(lab, step, seconds):
         "rows_per_second": round(len(acknowledged) / max(acknowledged[-1][1] - acknowledged[0][1], 0.001), 1),
         "seconds_under_load": seconds,
         **counters(last[1], "bytes_changed", "bytes_read", "bytes_sent", "cycle_p50_ms", "cycle_p99_ms", "freeze_p50_ms",
-                   "freeze_max_ms", "cycles", "generations"),
+                   "freeze_max_ms", "lag_p50_ms", "lag_p99_ms", "lag_max_ms", "bytes_captured", "holes", "cycles", "generations"),
+        "cut": " and ".join(sorted({volume.get("cut") or "unknown" for volume in last[1].get("volumes", [])})),
+        "cut_reason": next((volume["cut_reason"] for volume in last[1].get("volumes", []) if volume.get("cut_reason")), None),
     }
     result["bytes_written"] = counters(written, "bytes_written")["bytes_written"] or counters(standby, "bytes_written")["bytes_written"]
     complaints = []

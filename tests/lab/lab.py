@@ -526,10 +526,11 @@ class Lab:
             raise LabError(f"{built} is not there: run cargo build --release first (./dev demo does)")
         return built
 
-    def agent(self, host, extra=""):
-        """Starts the agent of a host and waits until it answers; gives its pid as the host sees it."""
+    def agent(self, host, extra="", within=()):
+        """Starts the agent of a host and waits until it answers; gives its pid as the host sees it. `within`: a command that becomes
+        the one which is appended to it."""
         self.config(host, extra)
-        pid = self.spawn(host, [self.binary(), "--config", self.path(host, "doublure.toml"), "agent"], self.path(host, "log", "agent.log"))
+        pid = self.spawn(host, [*within, self.binary(), "--config", self.path(host, "doublure.toml"), "agent"], self.path(host, "log", "agent.log"))
 
         def answers():
             if not self.alive(host, pid):

@@ -8,9 +8,11 @@ device byte for byte. The group has two volumes, ext4 and XFS, mounted and writt
 Randomness comes from one seed, printed first (DOUBLURE_SEED sets it), so that a failing run can be told again.
 """
 import contextlib
+import datetime
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -49,8 +51,24 @@ class Tale:
                 return row
         raise LabError(f"{host} does not know group {GROUP}")
 
-    def start(self, host, extra=FAST):
-        self.agents[host] = self.lab.agent(host, extra)
+    def start(self, host, extra=FAST, within=()):
+        self.agents[host] = self.lab.agent(host, extra, within)
+
+    def restart(self, host, extra=FAST, within=()):
+        self.kill_agent(host)
+        self.start(host, extra, within)
+
+    def signal_agent(self, host, name):
+        self.lab.exec(host, ["kill", f"-{name}", str(self.agents[host])])
+
+    def log(self, host):
+        """Where the host's log ends now: give it to `said` for what came after."""
+        return os.path.getsize(self.lab.path(host, "log", "agent.log"))
+
+    def said(self, host, since=0):
+        with open(self.lab.path(host, "log", "agent.log"), encoding="utf-8", errors="replace") as file:
+            file.seek(since)
+            return [re.sub("\x1b[^m]*m", "", line.rstrip("\n")) for line in file]
 
     def kill_agent(self, host):
         self.lab.exec(host, ["kill", "-KILL", str(self.agents[host])])
@@ -107,6 +125,12 @@ class Tale:
             writer.wait(60)
         self.writers = []
 
+    def script(self, text, *argv, out=subprocess.DEVNULL):
+        """A writer of its own, in Python."""
+        argv = self.lab.enter("alpha") + ["/usr/bin/python3", "-u", "-c", text, *map(str, argv)]
+        self.writers.append(subprocess.Popen(argv, stdout=out, start_new_session=True, text=True))
+        return self.writers[-1]
+
     # ---- the end of every story ----------------------------------------------------------------------------------------
 
     def paths(self, host):
@@ -138,6 +162,45 @@ class Tale:
         if remount:
             self.mount()
         return tip
+
+
+def counted(row):
+    """The counters of a status row, those of each volume under its name."""
+    each = {volume["name"]: {key: volume[key] for key in ("captured_bytes", "holes", "reread_bytes")} for volume in row["volumes"]}
+    return {**row["counters"], **each}
+
+
+def instant(text):
+    """Milliseconds since 1970 of what status shows; None is None."""
+    return None if text is None else datetime.datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() * 1000
+
+
+@contextlib.contextmanager
+def copy_of_the_replica(tale, name):
+    """A copy of one volume's replica as it is now, mounted outside both hosts."""
+    copy, mount = tale.lab.path(f"copy-{name}.img"), tale.lab.path(f"copy-{name}")
+    subprocess.run(["cp", "--sparse=always", tale.paths("beta")[name], copy], check=True)
+    os.makedirs(mount, exist_ok=True)
+    device = subprocess.run(["losetup", "--find", "--show", copy], check=True, capture_output=True, text=True).stdout.strip()
+    try:
+        subprocess.run(["mount", "-o", "nouuid" if "xfs" in name else "errors=remount-ro", device, mount], check=True)
+        try:
+            yield mount
+        finally:
+            subprocess.run(["umount", mount], check=True)
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+        os.remove(copy)
+
+
+def at_rest(tale):
+    """With the cable out, the standby has applied what it has committed."""
+    def still(was=[None]):
+        row = tale.group("beta")
+        now, was[0] = (row["generation"], row["applied_generation"], row["counters"]["bytes_written"]), was[0]
+        same, was[0] = was[0] == now, now
+        return same
+    wait_for("a standby at rest", 60, still, 0.7)
 
 
 # ---- the stories ------------------------------------------------------------------------------------------------------
@@ -270,28 +333,11 @@ def stamped_writer(tale, rounds):
         tale.lab.cable("beta", False)
 
         # What the standby has committed by now, it applies without the network.
-        def still(was=[None]):
-            row = tale.group("beta")
-            now, was[0] = (row["generation"], row["applied_generation"], row["counters"]["bytes_written"]), was[0]
-            same, was[0] = was[0] == now, now
-            return same
-        wait_for("a standby at rest", 60, still, 0.7)
+        at_rest(tale)
         newest = []
         for name in VOLUMES:
-            copy = tale.lab.path(f"copy-{name}.img")
-            subprocess.run(["cp", "--sparse=always", tale.paths("beta")[name], copy], check=True)
-            mount = tale.lab.path(f"copy-{name}")
-            os.makedirs(mount, exist_ok=True)
-            device = subprocess.run(["losetup", "--find", "--show", copy], check=True, capture_output=True, text=True).stdout.strip()
-            try:
-                subprocess.run(["mount", "-o", "nouuid" if "xfs" in name else "errors=remount-ro", device, mount], check=True)
-                try:
-                    newest.append(stamps(f"{mount}/stamp"))
-                finally:
-                    subprocess.run(["umount", mount], check=True)
-            finally:
-                subprocess.run(["losetup", "--detach", device], check=True)
-                os.remove(copy)
+            with copy_of_the_replica(tale, name) as mount:
+                newest.append(stamps(f"{mount}/stamp"))
         first, second = newest
         # The first volume is stamped first: it is level or one ahead, and no stamp before the newest is missing.
         if not second[-1] <= first[-1] <= second[-1] + 1:
@@ -451,8 +497,462 @@ def rotten_journal(tale, _rounds):
     return f"said so, compared in full, equal at generation {tip}"
 
 
+TICKER = r"""
+import os, sys, time
+fd = os.open(sys.argv[1] + "/tick", os.O_RDWR | os.O_CREAT, 0o600)
+n = int(sys.argv[2])
+while True:
+    n += 1
+    os.pwrite(fd, n.to_bytes(8, "little") * 512, 4096 * (n % 64))
+    os.fdatasync(fd)
+    sys.stdout.write("%d %d\n" % (n, time.time() * 1000))
+    time.sleep(0.02)
+"""
+
+
+def burst(tale, rounds):
+    """A sync of a large page cache beside small durable writes: holes and rounds for that volume alone, a lag that is shown as it is,
+    and captured cuts again without help."""
+    tale.restart("alpha", FAST.replace('capture_ring = "8 MiB"', 'capture_ring = "4 MiB"'))
+    worst = lost = 0
+    for number in range(rounds):
+        wait_for("a group in sync", 60, lambda: tale.group()["in_sync"], 0.1)
+        start = counted(tale.group())
+        ticks = tale.lab.path("ticks")
+        with open(ticks, "w", encoding="ascii") as out:
+            tale.script(TICKER, "/mnt/vol-xfs", number * 1_000_000, out=out)
+            wait_for("capture", 20, lambda: counted(tale.group())["bytes_captured"] > start["bytes_captured"] + 65536, 0.05)
+            before = counted(tale.group())
+            tale.lab.exec("alpha", ["dd", "if=/dev/urandom", "of=/mnt/vol-ext4/large", "bs=1M", "count=150", "conv=notrunc", "status=none"])
+            began = time.monotonic()
+            storm = subprocess.Popen(tale.lab.enter("alpha") + ["sync", "-f", "/mnt/vol-ext4/large"], start_new_session=True)
+            tale.writers.append(storm)
+            last, lags = None, []
+            # In the last round the cable is pulled in the middle; else the burst runs to its end.
+            pulled = number == rounds - 1
+            while storm.poll() is None or not last or time.monotonic() - began < 1.5:
+                last = tale.group()
+                if last["rpo_seconds"] is not None:
+                    lags.append(last["rpo_seconds"])
+                if pulled and counted(last)["rounds"] > before["rounds"]:
+                    tale.lab.cable("beta", False)
+                    break
+                time.sleep(0.05)
+            worst = max(worst, *lags)
+            if pulled:
+                # S9: whatever was promised last, by either side, the standby must hold.
+                at_rest(tale)
+                promised = max(row["recoverable_to_ms"] for row in (tale.group(), tale.group("beta")))
+                tale.rest()
+                with copy_of_the_replica(tale, "vol-xfs") as mount:
+                    held = stamps(f"{mount}/tick")[-1]
+                with open(ticks, encoding="ascii") as file:
+                    durable = [tuple(map(int, line.split())) for line in file.read().splitlines()[:-1]]
+                safe = max((n for n, at in durable if at <= promised), default=0)
+                lost = durable[-1][0] - held
+                if not safe or held < safe:
+                    raise LabError(f"tick {safe} was durable before {promised} ms, which is promised, and the standby holds {held} only")
+                tale.lab.cable("beta", True)
+            else:
+                # By itself: more generations from captured writes, and the small ones beside the burst were captured.
+                storm.wait(120)
+                wait_for("captured cuts after the burst", 60, lambda: tale.group()["state"] == "replicating", 0.05)
+                calm = counted(tale.group())
+                time.sleep(1)
+                row = tale.group()
+                after = counted(row)
+                if not (row["in_sync"] and after["generations"] > calm["generations"] + 3 and after["bytes_captured"] > calm["bytes_captured"]):
+                    raise LabError(f"captured cuts did not come back: {row['state']}, {calm}, then {after}")
+                if row["rpo_seconds"] > 2 or after["lag_p99_ms"] is None:
+                    raise LabError(f"after the burst the standby is {row['rpo_seconds']} s behind")
+                large = after["vol-ext4"]["holes"] - before["vol-ext4"]["holes"]
+                small = after["vol-xfs"]["holes"] - before["vol-xfs"]["holes"]
+                if not large or after["rounds"] == before["rounds"]:
+                    raise LabError(f"the burst made {large} holes and {after['rounds'] - before['rounds']} rounds: it was none")
+                if small or after["vol-xfs"]["captured_bytes"] - before["vol-xfs"]["captured_bytes"] < 40 * 4096:
+                    raise LabError(f"the burst of one volume cost the other its captures: {before['vol-xfs']}, then {after['vol-xfs']}")
+        tale.equal()
+    counters = counted(tale.group())
+    tale.restart("alpha")
+    return (f"{rounds} bursts, {counters['vol-ext4']['holes']} holes in one volume and {counters['vol-xfs']['holes']} in the other, "
+            f"{counters['rounds']} rounds, worst lag shown {worst:.1f} s, lag p99 {counters['lag_p99_ms']:.0f} ms, "
+            f"{lost} ticks beyond the promise lost with the cable")
+
+
+STEADY = r"""
+import os, random, sys, time
+fd = os.open(sys.argv[1] + "/steady", os.O_RDWR | os.O_CREAT | os.O_DSYNC, 0o600)
+while True:
+    for _ in range(8):
+        os.pwrite(fd, os.urandom(65536), 65536 * random.randrange(160))
+    time.sleep(0.08)
+"""
+
+
+def slow_link(tale, _rounds):
+    """A writer that is faster than the link, until the cap is lifted; then until the writer stops. No help, nothing compared in full."""
+    words = []
+    for lifted in (True, False):
+        tale.restart("alpha", FAST + f'bandwidth = "{"2 MiB" if lifted else "512 KiB"}"\n')
+        since = tale.log("alpha")
+        wait_for("a group in sync", 60, lambda: tale.group()["in_sync"], 0.1)
+        before = tale.group()
+        for name in VOLUMES:
+            tale.script(STEADY, f"/mnt/{name}")
+        behind = []
+        end = time.monotonic() + 9
+        while time.monotonic() < end:
+            row = tale.group()
+            behind.append(row["rpo_seconds"] if row["rpo_seconds"] is not None else -1)
+            time.sleep(0.25)
+        if max(behind) < 2:
+            raise LabError(f"the writer was not faster than the link: at most {max(behind)} s behind")
+        if lifted:
+            tale.restart("alpha")
+            began = time.monotonic()
+            wait_for("catching up under the writer", 120, lambda: (tale.group()["rpo_seconds"] or 99) < 1 and tale.group()["generation"] > before["generation"], 0.1)
+            words.append(f"{max(behind):.1f} s behind, level {time.monotonic() - began:.1f} s after the cap was lifted")
+        else:
+            began = time.monotonic()
+            tale.rest()
+            wait_for("catching up at rest", 180, lambda: (tale.group()["rpo_seconds"] or 99) < 1.5 and tale.group()["state"] == "replicating", 0.1)
+            words.append(f"{max(behind):.1f} s behind, level {time.monotonic() - began:.1f} s after the writer stopped")
+        row = tale.group()
+        if row["counters"]["comparisons"]:
+            raise LabError("something was compared in full")
+        broken = [line for line in tale.said("alpha", since) if "[PEER_UNREACHABLE]" in line or "[TRACKER_DOUBT]" in line]
+        if broken and not lifted:
+            raise LabError(f"a slow link was taken for a broken one: {broken[0]}")
+        tale.equal()
+    tale.restart("alpha")
+    return "; ".join(words)
+
+
+SCRUB = FAST.replace('checkpoint_interval = "2s"', 'checkpoint_interval = "1s"')
+
+
+def place_of(tale, name, file, at):
+    """The block of the image that holds a block of a file: what the file system says, not what is assumed."""
+    out = tale.lab.exec("alpha", ["filefrag", "-v", "-b4096", f"/mnt/{name}/{file}"]).stdout
+    for first, last, start in re.findall(r"^ *\d+: *(\d+)\.\. *(\d+): *(\d+)\.\.", out, re.M):
+        if int(first) <= at <= int(last):
+            return int(start) + at - int(first)
+    raise LabError(f"{file} has no block {at}: {out}")
+
+
+def damage(path, block):
+    """Sixteen bytes of an image change behind its device."""
+    with open(path, "r+b") as file:
+        file.seek(block * 4096 + 512)
+        old = file.read(16)
+        file.seek(block * 4096 + 512)
+        file.write(bytes(byte ^ 0x55 for byte in old))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def silent_damage(tale, _rounds):
+    """Somebody writes to the primary's image behind its device. In a block that nobody writes: an alarm, the block named, and shipped.
+    In one that was written just now: shipped and counted, no alarm."""
+    for name in VOLUMES:
+        tale.lab.exec("alpha", ["dd", "if=/dev/urandom", f"of=/mnt/{name}/cold", "bs=1M", "count=8", "conv=fsync", "status=none"])
+    tale.restart("alpha", SCRUB)
+    first = tale.group()["counters"]["checkpoints"]
+    # Both volumes once round: until then what differs may have been written in the agent's last life.
+    tale.write("random")
+    wait_for("the scrub's first round", 60, lambda: tale.group()["counters"]["checkpoints"] > first + 9, 0.2)
+    words = []
+    for name in VOLUMES:
+        block, image = place_of(tale, name, "cold", 1000), tale.paths("alpha")[name]
+        before, since, began = tale.group()["counters"], tale.log("alpha"), time.monotonic()
+        if "VERIFY_MISMATCH" in tale.group()["fault_codes"] or before["mismatched_blocks"]:
+            raise LabError(f"an alarm before anything was damaged: {tale.said('alpha')[-5:]}")
+        damage(image, block)
+        wait_for(f"the alarm for block {block} of {name}", 60, lambda: "VERIFY_MISMATCH" in tale.group()["fault_codes"], 0.1)
+        took = time.monotonic() - began
+        found = [line for line in tale.said("alpha", since) if "ERROR" in line and "nobody had written" in line]
+        if len(found) != 1 or f"block={block} " not in found[0] + " " or f"volume={name}" not in found[0]:
+            raise LabError(f"block {block} of {name} was damaged, the log says {found}")
+        if tale.group()["counters"]["mismatched_blocks"] != 1:
+            raise LabError(f"one block was damaged, {tale.group()['counters']['mismatched_blocks']} are counted")
+        words.append(f"{name} {took:.1f} s")
+        tale.equal()
+        tale.verb("alpha", "verify", GROUP)
+        tale.restart("alpha", SCRUB)
+        tale.write("random")
+        first = tale.group()["counters"]["checkpoints"]
+        wait_for("the scrub's first round", 60, lambda: tale.group()["counters"]["checkpoints"] > first + 9, 0.2)
+    tale.rest()
+    tale.verb("alpha", "sync", GROUP, "--wait")
+    # A block that is written just after a checkpoint began is compared by the next one, as written.
+    block, image = place_of(tale, "vol-ext4", "cold", 500), tale.paths("alpha")["vol-ext4"]
+    before = tale.group()["counters"]
+    wait_for("a checkpoint", 20, lambda: tale.group()["counters"]["checkpoints"] > before["checkpoints"], 0.02)
+    tale.lab.exec("alpha", ["dd", "if=/dev/urandom", "of=/mnt/vol-ext4/cold", "bs=4k", "count=1", "seek=500", "conv=notrunc,fdatasync", "oflag=direct", "status=none"])
+    wait_for("its generation", 20, lambda: tale.group()["counters"]["bytes_captured"] > before["bytes_captured"] and tale.group()["in_sync"], 0.02)
+    damage(image, block)
+    wait_for("the repair", 20, lambda: tale.group()["counters"]["repaired_blocks"] > before["repaired_blocks"], 0.1)
+    row = tale.group()
+    if row["counters"]["mismatched_blocks"] or "VERIFY_MISMATCH" in row["fault_codes"]:
+        raise LabError(f"damage to a block that was written raised the alarm: {tale.said('alpha')[-5:]}")
+    tale.equal()
+    tale.restart("alpha")
+    return f"alarm after {', '.join(words)}; a written block repaired without one"
+
+
+MAPPER = r"""
+import mmap, os, random, sys, threading, time
+size = 16 << 20
+fd = os.open(sys.argv[1] + "/mapped", os.O_RDWR | os.O_CREAT, 0o600)
+os.posix_fallocate(fd, 0, size)
+map = mmap.mmap(fd, size)
+def change():
+    while True:
+        # Then a rest, in which nothing is written back: what was copied and what the disk holds stay different for that long.
+        if time.time() % 4 > 1.5:
+            time.sleep(0.05)
+        for _ in range(64):
+            for at in (random.randrange(size // 4096) * 4096, random.randrange(64) * 4096):
+                map[at + 8:at + 16] = os.urandom(8)
+                map[at + 4000:at + 4008] = os.urandom(8)
+threading.Thread(target=change, daemon=True).start()
+while True:
+    if time.time() % 4 > 1.4:
+        time.sleep(0.05)
+    else:
+        map.flush()
+"""
+
+
+def mmap_writer(tale, rounds):
+    """Pages change through a mapping while they are written back, across kills of the agent: never an alarm."""
+    repaired = checked = 0
+    for _ in range(rounds):
+        tale.restart("alpha", SCRUB)
+        for name in VOLUMES:
+            tale.script(MAPPER, f"/mnt/{name}")
+        for pause in (5, 5, 8):
+            time.sleep(tale.random.uniform(pause, pause + 1))
+            counters = tale.group()["counters"]
+            repaired, checked = repaired + counters["repaired_blocks"], checked + counters["checked_blocks"]
+            if counters["mismatched_blocks"]:
+                break
+            tale.restart("alpha", SCRUB)
+        tale.equal()
+        counters = tale.group()["counters"] if not counters["mismatched_blocks"] else counters
+        repaired, checked = repaired + counters["repaired_blocks"], checked + counters["checked_blocks"]
+        if counters["mismatched_blocks"]:
+            raise LabError(f"{counters['mismatched_blocks']} blocks of a mapping raised the alarm: {[line for line in tale.said('alpha') if 'check:' in line][-5:]}")
+    tale.restart("alpha")
+    return f"{rounds} rounds, {checked} blocks checked, {repaired} repaired, no alarm"
+
+
+def switches(tale, host):
+    """Voluntary context switches of an agent's threads so far, by thread."""
+    script = 'cd /proc/$1/task && for t in *; do echo "$t $(cat $t/comm) $(grep ^voluntary $t/status)"; done'
+    counts = {}
+    for line in tale.lab.exec(host, ["sh", "-c", script, "sh", str(tale.agents[host])]).stdout.splitlines():
+        thread, name, *_, count = line.split()
+        counts[f"{name}/{thread}"] = int(count)
+    return counts
+
+
+def rings(tale):
+    """Ring buffers of at least a MiB that alpha's agent holds, as descriptors and as mappings."""
+    script = 'grep -h -A9 "map_type:.27" /proc/$1/fdinfo/* | grep max_entries; grep bpf-map /proc/$1/maps'
+    found = tale.lab.exec("alpha", ["sh", "-c", script, "sh", str(tale.agents["alpha"])], check=False).stdout.splitlines()
+    sizes = [int(line.split()[1]) for line in found if line.startswith("max_entries")]
+    mapped = [int(end, 16) - int(start, 16) for start, end in re.findall(r"^([0-9a-f]+)-([0-9a-f]+) r--s", "\n".join(found), re.M)]
+    return sum(size >= 1 << 20 for size in sizes) + sum(size >= 2 << 20 for size in mapped)
+
+
+def idle(tale, _rounds):
+    """Nobody writes: a few wake-ups for the heartbeat and no more; the first write is shipped at once; the ring's memory goes back after
+    a long rest, and everything works on."""
+    slow = FAST.replace('checkpoint_interval = "2s"', 'checkpoint_interval = "20s"')
+    tale.restart("alpha", slow)
+    tale.equal()
+    time.sleep(3)
+    wakeups, before = {}, {host: switches(tale, host) for host in HOSTS}
+    generation = tale.group()["generation"]
+    # Nothing is asked of the agents meanwhile: a question wakes them too.
+    time.sleep(10)
+    for host in HOSTS:
+        after = switches(tale, host)
+        each = {name: (count - before[host].get(name, 0)) / 10 for name, count in after.items()}
+        wakeups[host] = sum(each.values())
+        if wakeups[host] > 40:
+            raise LabError(f"{host}'s agent wakes up {wakeups[host]} times a second although nobody writes: {each}")
+    if tale.group()["generation"] > generation + 1:
+        raise LabError(f"generations {generation} to {tale.group()['generation']} of nothing")
+    # The first write after a rest, several times, at moments that the heartbeat does not know.
+    took = []
+    for _ in range(8):
+        time.sleep(1.5 + tale.random.random())
+        generation = tale.group("beta")["generation"]
+        tale.lab.exec("alpha", ["dd", "if=/dev/urandom", "of=/mnt/vol-xfs/first", "bs=4k", "count=1", "conv=notrunc,fdatasync", "oflag=direct", "status=none"])
+        began = time.monotonic()
+        wait_for("the first write on the standby", 30, lambda: tale.group("beta")["generation"] > generation, 0.005)
+        took.append((time.monotonic() - began) * 1000)
+    lag = tale.group()["counters"]["lag_max_ms"]
+    tale.equal()
+    # The rest of two checkpoints: the ring goes.
+    tale.restart("alpha", SCRUB)
+    tale.lab.exec("alpha", ["dd", "if=/dev/urandom", "of=/mnt/vol-xfs/first", "bs=4k", "count=1", "conv=notrunc,fdatasync", "status=none"])
+    wait_for("capture", 20, lambda: rings(tale) > 0, 0.02)
+    wait_for("the return of the ring's memory", 60, lambda: rings(tale) == 0, 0.2)
+    row = tale.group()
+    held = sum(volume["dirty_bytes"] for volume in row["volumes"])
+    if held:
+        raise LabError(f"a group at rest still holds {held} bytes as changed: {row['volumes']}")
+    # The file systems themselves write now and then.
+    def writes():
+        return [open(f"/sys/block/{os.path.basename(volume['device'])}/stat", encoding="ascii").read().split()[4:7] for volume in row["volumes"]]
+    for _ in range(3):
+        wrote = writes()
+        time.sleep(1.2)
+        if rings(tale) and writes() == wrote:
+            raise LabError("the ring came back although nobody wrote")
+    for _ in range(3):
+        tale.write("random")
+        time.sleep(1)
+        tale.equal()
+        wait_for("the return of the ring's memory", 60, lambda: rings(tale) == 0, 0.2)
+    tale.restart("alpha")
+    took.sort()
+    return (f"{wakeups['alpha']:.1f} wake-ups a second on alpha and {wakeups['beta']:.1f} on beta , first write on the "
+            f"standby after {took[len(took) // 2]:.0f} ms, at most {took[-1]:.0f} ms, largest lag {lag} ms; the ring goes and comes back")
+
+
+def refused_capture(tale, _rounds):
+    """A host that must not know where its memory lies, and one whose owner wants freezes: both say so, and replicate with freezes."""
+    reasons = []
+    # The frame numbers of a process without the right to see them: all zero.
+    hidden = ["sh", "-c", 'mount --bind /dev/zero /proc/$$/pagemap && exec "$@"', "sh"]
+    for extra, within, wanted, doctored in (
+            (FAST, hidden, "pagemap", True), (FREEZE, (), 'mode = "freeze"', False)):
+        tale.restart("alpha", extra, within)
+        wait_for("a group in sync", 60, lambda: tale.group()["in_sync"], 0.1)
+        tale.write("random")
+        time.sleep(2)
+        row = tale.group()
+        kinds = {(volume["cut"], volume["cut_reason"]) for volume in row["volumes"]}
+        if {cut for cut, _ in kinds} != {"freeze"} or any(wanted not in (reason or "") for _, reason in kinds):
+            raise LabError(f"{wanted} is the reason for a freeze, status says {kinds}")
+        reasons += [reason for _, reason in kinds]
+        shown = tale.lab.doublure("alpha", ["status"], check=False).stdout
+        line = [line for line in shown.splitlines() if line.strip().startswith("cut ")]
+        if len(line) != 1 or "freeze" not in line[0] or "stall p99" not in line[0] or wanted not in line[0]:
+            raise LabError(f"status for people does not say how it cuts and why: {shown}")
+        checks = tale.verb("alpha", "doctor", good=(0, 4))["checks"]
+        capture = next(check for check in checks if check["name"] == "capture")
+        if (capture["outcome"] == "degraded") != doctored or (doctored and wanted not in capture["detail"]):
+            raise LabError(f"doctor says of capture {capture}")
+        tale.equal()
+        counters = tale.group()["counters"]
+        if counters["freeze_max_ms"] is None or counters["bytes_captured"]:
+            raise LabError(f"no cut froze a mounted file system: {counters}")
+    tale.restart("alpha")
+    tale.write("random")
+    time.sleep(1)
+    row = tale.group()
+    if {(volume["cut"], volume["cut_reason"]) for volume in row["volumes"]} != {("capture", None)}:
+        raise LabError(f"capture did not come back: {row['volumes']}")
+    line = [line for line in tale.lab.doublure("alpha", ["status"], check=False).stdout.splitlines() if line.strip().startswith("cut ")]
+    if not line or "capture: no stall" not in line[0]:
+        raise LabError(f"status for people does not say how it cuts: {line}")
+    tale.equal()
+    return f"{'; '.join(reasons)}. And then: {' '.join(line[0].split())}"
+
+
+def killed_in_bursts(tale, rounds):
+    """The primary's agent is killed in the middle of rounds, and held for seconds while its ring overflows."""
+    inside = held = 0
+    for number in range(rounds):
+        wait_for("a group in sync", 60, lambda: tale.group()["in_sync"], 0.1)
+        before = counted(tale.group())
+        tale.write("burst", "random")
+        if number % 2 == 0:
+            with contextlib.suppress(LabError):
+                wait_for("rounds", 6, lambda: counted(tale.group())["rounds"] > before["rounds"], 0.02)
+                inside += 1
+            time.sleep(tale.random.uniform(0, 0.1))
+            tale.kill_agent("alpha")
+            time.sleep(tale.random.uniform(0, 1))
+            since = tale.log("alpha")
+            tale.start("alpha")
+            wait_for("a word of its footing", 60, lambda: any(" connected " in line for line in tale.said("alpha", since)), 0.05)
+            first = next(line for line in tale.said("alpha", since) if " connected " in line)
+            if "step=Incremental" not in first:
+                raise LabError(f"kill {number + 1}: the pinned bits were not believed: {first}")
+        else:
+            time.sleep(tale.random.uniform(0.5, 1.5))
+            tale.signal_agent("alpha", "STOP")
+            time.sleep(tale.random.uniform(3, 6))
+            tale.signal_agent("alpha", "CONT")
+            time.sleep(0.5)
+            wait_for("holes of the time in which it was held", 30, lambda: counted(tale.group())["holes"] > before["holes"], 0.05)
+            held += counted(tale.group())["holes"] - before["holes"]
+        tale.equal()
+        if tale.group()["counters"]["comparisons"]:
+            raise LabError("something was compared in full")
+    return f"{rounds} rounds, {inside} kills between rounds, {held} holes while it was held"
+
+
+def mixed_modes(tale, rounds):
+    """The primary goes from mode to mode under load, and the standby is restarted meanwhile: equal each time, nothing compared."""
+    interval = 'mode = "interval"\ninterval = "300ms"\ncheckpoint_interval = "1s"\ncut_max = "8 MiB"\njournal = "64 MiB"\n'
+    order, words = [FAST, interval, FREEZE], []
+    for number in range(rounds):
+        tale.write(*tale.random.sample(["random", "files", "burst"], 2))
+        extra = order[number % 3] if number < 4 else tale.random.choice(order)
+        time.sleep(tale.random.uniform(0.3, 1))
+        tale.restart("alpha", extra)
+        time.sleep(tale.random.uniform(0.5, 1.5))
+        tale.restart("beta")
+        time.sleep(tale.random.uniform(1, 2))
+        tale.equal()
+        counters = tale.group()["counters"]
+        froze, captured = counters["freeze_max_ms"] is not None, counters["bytes_captured"] > 0
+        if (froze, captured) != ((True, False) if extra is FREEZE else (False, True)):
+            raise LabError(f"{extra!r}: froze {froze}, captured {captured}")
+        if counters["comparisons"] or counters["mismatched_blocks"]:
+            raise LabError(f"{extra!r}: {counters['comparisons']} comparisons, {counters['mismatched_blocks']} mismatches")
+        words.append("freeze" if extra is FREEZE else "interval" if extra is interval else "continuous")
+    tale.restart("alpha")
+    return " -> ".join(words)
+
+
+def interval_cuts(tale, rounds):
+    """One cut an interval from captured writes: capture is on for the cut alone, nothing is frozen."""
+    tale.restart("alpha", 'mode = "interval"\ninterval = "500ms"\ncheckpoint_interval = "1s"\ncapture_ring = "8 MiB"\ncut_max = "8 MiB"\njournal = "64 MiB"\n')
+    for _ in range(rounds):
+        tale.write("random", "files")
+        time.sleep(4)
+        tip = tale.equal()
+    row = tale.group()
+    counters = row["counters"]
+    if counters["freeze_max_ms"] is not None or {volume["cut"] for volume in row["volumes"]} != {"capture"} or row["mode"] != "interval":
+        raise LabError(f"the cuts were not made from captured writes: {row}")
+    if not counters["bytes_captured"] or counters["bytes_captured"] > counters["bytes_changed"] / 2:
+        raise LabError(f"between two cuts capture is off: {counters}")
+    if not counters["checked_blocks"] or counters["mismatched_blocks"]:
+        raise LabError(f"checks: {counters}")
+    tale.restart("alpha")
+    return f"generation {tip}, {counters['generations']} cuts, {counters['bytes_captured'] >> 10} KiB captured, {counters['bytes_read'] >> 20} MiB read"
+
+
 STORIES = [
     ("writes_during_cuts", writes_during_cuts, 2, 40),
+    ("burst", burst, 3, 30),
+    ("slow_link", slow_link, 1, 1),
+    ("silent_damage", silent_damage, 1, 1),
+    ("mmap_writer", mmap_writer, 1, 20),
+    ("idle", idle, 1, 1),
+    ("interval_cuts", interval_cuts, 1, 20),
+    ("mixed_modes", mixed_modes, 4, 60),
+    ("refused_capture", refused_capture, 1, 1),
+    ("killed_in_bursts", killed_in_bursts, 6, 100),
     ("freeze_cuts", freeze_cuts, 1, 4),
     ("discard_storm", discard_storm, 2, 40),
     ("stamped_writer", stamped_writer, 4, 200),

@@ -15,12 +15,12 @@ use std::time::{Duration, Instant};
 
 /// An idle group says so often that nothing has changed; in between it sleeps.
 pub(super) const HEARTBEAT: Duration = Duration::from_secs(1);
-/// A group that was not written for so long gives the memory of its ring back.
-const RING_KEPT: Duration = Duration::from_secs(120);
 /// A generation is made early when the ring is full to one part in so many.
 const RING_FULL_PARTS: u64 = 4;
 /// How often an active group looks whether its ring fills.
 pub(super) const RING_LOOK: Duration = Duration::from_millis(20);
+/// A group that was not written for so many checkpoints gives the memory of its ring back.
+const RING_KEPT_CHECKPOINTS: u32 = 2;
 /// The ring of a group in interval mode, made anew for each cut.
 const INTERVAL_RING_BYTES: u64 = 16 << 20;
 /// Blocks compared between two generations (16 MiB), so that a check never delays one for long.
@@ -34,11 +34,85 @@ pub(super) struct Capturing {
     watch: Watch,
     /// When the last write was seen.
     written: Instant,
-    checkpoint: Instant,
-    /// What the last checkpoint took: to be compared where it has not been written since. By volume.
-    check: Vec<BlockSet>,
-    /// What nobody wrote, to be compared with it.
-    scrub: Vec<BlockSet>,
+    /// The bitmap was flipped and no receipt has come since.
+    flipped: bool,
+}
+
+/// What is to be compared of one volume, with what was shipped of it.
+pub(super) struct Checks {
+    /// What checkpoints took: to be compared where it has not been written since.
+    written: BlockSet,
+    /// What nobody wrote.
+    scrub: BlockSet,
+    /// Where the scrub goes on, in blocks.
+    next: u64,
+    /// Where the comparison of what was written goes on, in blocks: a busy beginning of the volume must not keep its end waiting.
+    turn: u64,
+    /// The scrub's first time round. What an earlier life of the agent took and had not compared is not known any more, so what
+    /// differs now may have been written then: it counts as written.
+    first_round: bool,
+    /// The scrub's window is the last of its round.
+    last_window: bool,
+}
+
+impl Checks {
+    pub(super) fn new(blocks: u64) -> Checks {
+        let none = BlockSet::empty(blocks);
+        Checks { written: none.clone(), scrub: none, next: 0, turn: 0, first_round: true, last_window: false }
+    }
+
+    /// These blocks were written.
+    fn took(&mut self, taken: &BlockSet) {
+        // What an earlier checkpoint left over is compared too, in so far as it is clean.
+        self.written.union(taken);
+        // Also of a window that is not done: what was written since is no longer what nobody wrote.
+        self.scrub.subtract(&self.written);
+    }
+
+    /// A checkpoint took these blocks: they are to be compared, and a window of what nobody wrote, once the last one is done.
+    fn begin(&mut self, taken: &BlockSet) {
+        if self.scrub.is_empty() {
+            let blocks = self.written.blocks();
+            if std::mem::take(&mut self.last_window) {
+                self.first_round = false;
+            }
+            let window = BlockRun { start: self.next, count: SCRUB_BLOCKS.min(blocks - self.next) };
+            self.last_window = window.end() >= blocks;
+            self.next = if self.last_window { 0 } else { window.end() };
+            self.scrub.insert(window);
+        }
+        self.took(taken);
+    }
+
+    /// Gives back the memory of sets that are empty: a new one has none until something is set.
+    fn give_back(&mut self) {
+        for set in [&mut self.written, &mut self.scrub] {
+            if set.is_empty() {
+                *set = BlockSet::empty(set.blocks());
+            }
+        }
+    }
+
+    /// The next blocks to compare, at most so many.
+    fn step(&mut self, written: bool, most: u64) -> BlockSet {
+        let (due, from) = if written { (&mut self.written, self.turn) } else { (&mut self.scrub, 0) };
+        let mut step = BlockSet::empty(due.blocks());
+        let mut left = most;
+        for run in due.runs(64).filter(|run| run.end() > from) {
+            let start = run.start.max(from);
+            let run = BlockRun { start, count: (run.end() - start).min(left) };
+            step.insert(run);
+            left -= run.count;
+            if left == 0 {
+                break;
+            }
+        }
+        if written {
+            self.turn = if left == 0 { step.runs(u64::MAX).last().map_or(0, |run| run.end()) } else { 0 };
+        }
+        due.subtract(&step);
+        step
+    }
 }
 
 impl Primary {
@@ -123,7 +197,7 @@ impl Primary {
                 self.rounds(wire, &mut rounds, position, landing, dirty_bytes, limits)?;
             }
             self.start_capturing()?;
-        } else if self.capturing.as_ref().is_some_and(|c| c.checkpoint.elapsed() >= self.agent.settings.checkpoint_interval) {
+        } else if self.checkpointed.elapsed() >= self.agent.settings.checkpoint_interval {
             // 2
             self.begin_checkpoint()?;
         }
@@ -133,12 +207,17 @@ impl Primary {
         self.refuse_doubts()?;
         let Some(capturing) = &mut self.capturing else { return Err(Fault::internal("the stream", "it has ended")) };
         let parts = capturing.stream.gathered() as u64;
-        if parts == 0 && !rounds.open {
+        let quiet = parts == 0 && !rounds.open;
+        if quiet && !self.owes_a_receipt()? {
             self.nothing_changed(wire, tip.0, cut_at)?;
             self.check_step()?;
             return Ok(tip);
         }
-        capturing.written = Instant::now();
+        match quiet {
+            // It carries nothing: no lag ends with it.
+            true => self.woken = cut_at,
+            false => self.capturing.iter_mut().for_each(|capturing| capturing.written = Instant::now()),
+        }
         // 5
         let bound = parts * (BLOCK_BYTES + RECORD_HEADER_BYTES as u64);
         match rounds.open {
@@ -150,12 +229,12 @@ impl Primary {
         let sent = std::mem::take(&mut rounds.sent);
         let pending = super::Pending { position, cut_at, began, pieces: Vec::new(), sent, begun: true };
         let tip = self.finish(wire, pending)?;
-        if self.agent.settings.mode == Mode::Interval {
-            self.stop_capturing();
-            return Ok(tip);
-        }
+        self.capturing.iter_mut().for_each(|capturing| capturing.flipped = false);
         // 7
         self.check_step()?;
+        if self.agent.settings.mode == Mode::Interval {
+            self.stop_capturing();
+        }
         Ok(tip)
     }
 
@@ -170,9 +249,42 @@ impl Primary {
         let stream = Stream::open(self.agent.tracker_cell()?, self.spec.id, &sources, ring_bytes)?;
         let watch = Watch::start(stream.capture().fd())?;
         let now = Instant::now();
-        let check: Vec<BlockSet> = self.spec.volumes.iter().map(|v| BlockSet::empty(v.blocks())).collect();
-        self.capturing = Some(Capturing { stream, watch, written: now, checkpoint: now, scrub: check.clone(), check });
+        self.capturing = Some(Capturing { stream, watch, written: now, flipped: true });
+        let tracker = self.agent.tracker()?;
+        // In interval mode each cut begins with a flip; now and then one of them is a checkpoint.
+        let scrubs =
+            self.agent.settings.mode == Mode::Interval && self.checkpointed.elapsed() >= self.agent.settings.checkpoint_interval;
+        for (checks, volume) in self.checks.iter_mut().zip(&self.spec.volumes) {
+            let taken = tracker.taken(volume.id)?;
+            match scrubs {
+                true => checks.begin(&taken),
+                false => checks.took(&taken),
+            }
+        }
+        drop(tracker);
+        if scrubs {
+            self.checkpointed = now;
+            self.group.with_live(|live| live.counters.checkpoints += 1);
+        }
         Ok(())
+    }
+
+    /// Whether there are bits that only a receipt can let go although everything that they stand for was shipped: a group that rests
+    /// would carry them for ever, read it all again when it wakes without its ring, and never look clean. A generation
+    /// without any block brings that receipt.
+    fn owes_a_receipt(&mut self) -> Res<bool> {
+        let Some(capturing) = &mut self.capturing else { return Ok(false) };
+        if !capturing.flipped {
+            return Ok(false);
+        }
+        let tracker = self.agent.tracker()?;
+        for volume in &self.spec.volumes {
+            if tracker.dirty_blocks(volume.id)? > tracker.active_blocks(volume.id)? {
+                return Ok(true);
+            }
+        }
+        capturing.flipped = false;
+        Ok(false)
     }
 
     /// What users have handed to their file systems is handed to the devices: who asks for a sync means that too.
@@ -201,9 +313,17 @@ impl Primary {
             let Some(capturing) = capturing else { return Err(Fault::internal("the stream", "it has ended")) };
             let sources = sources(&spec.volumes, volumes);
             let before = capturing.stream.counts();
+            let counted: Vec<_> = (0..spec.volumes.len()).map(|index| capturing.stream.volume_counts(index)).collect();
             let step = capturing.stream.look(agent.tracker_cell()?, &sources, engine.as_mut(), limits)?;
             let after = capturing.stream.counts();
+            let each: Vec<_> = (0..self.spec.volumes.len()).map(|index| capturing.stream.volume_counts(index)).collect();
+            let each = each.into_iter().zip(counted);
             self.group.with_live(|live| {
+                for (volume, (after, before)) in live.volumes.iter_mut().zip(each) {
+                    volume.captured_bytes += after.captured_bytes - before.captured_bytes;
+                    volume.holes += after.holes - before.holes;
+                    volume.reread_bytes += after.reread_bytes - before.reread_bytes;
+                }
                 let captured = after.captured_bytes - before.captured_bytes;
                 live.counters.bytes_captured += captured;
                 live.counters.bytes_read += after.reread_bytes - before.reread_bytes;
@@ -274,10 +394,14 @@ impl Primary {
         let message = wire.sender.unchanged(at)?;
         wire.send(&message)?;
         self.good(tip, at);
-        let long = self.capturing.as_ref().is_some_and(|c| c.written.elapsed() > RING_KEPT);
+        let kept = self.agent.settings.checkpoint_interval * RING_KEPT_CHECKPOINTS;
+        let compared = self.checks.iter().all(|checks| checks.written.is_empty());
+        let long = compared && self.capturing.as_ref().is_some_and(|c| c.written.elapsed() > kept);
         let mode = self.agent.settings.mode;
         // The bitmap goes on without the ring. What was taken and is held goes with the next receipt, as always.
         if long || mode == Mode::Interval {
+            tracing::debug!(group = %self.group.name, "the ring's memory is given back");
+            self.checks.iter_mut().for_each(Checks::give_back);
             self.stop_capturing();
         }
         Ok(())
@@ -286,19 +410,12 @@ impl Primary {
     /// Flips the bitmap and remembers what was taken, to be compared.
     fn begin_checkpoint(&mut self) -> Res<()> {
         let Some(capturing) = &mut self.capturing else { return Ok(()) };
-        capturing.checkpoint = Instant::now();
+        self.checkpointed = Instant::now();
         capturing.stream.flip(self.agent.tracker_cell()?)?;
+        capturing.flipped = true;
         let tracker = self.agent.tracker()?;
-        for (index, volume) in self.spec.volumes.iter().enumerate() {
-            // What an earlier checkpoint left over is compared too, in so far as it is clean.
-            capturing.check[index].union(&tracker.taken(volume.id)?);
-            let (blocks, at) = (volume.blocks(), &mut self.scrubbed[index]);
-            let window = BlockRun { start: *at, count: SCRUB_BLOCKS.min(blocks - *at) };
-            *at = if window.end() >= blocks { 0 } else { window.end() };
-            let mut scrub = BlockSet::empty(blocks);
-            scrub.insert(window);
-            scrub.subtract(&capturing.check[index]);
-            capturing.scrub[index] = scrub;
+        for (checks, volume) in self.checks.iter_mut().zip(&self.spec.volumes) {
+            checks.begin(&tracker.taken(volume.id)?);
         }
         drop(tracker);
         self.group.with_live(|live| live.counters.checkpoints += 1);
@@ -313,24 +430,22 @@ impl Primary {
     /// change while they are written), of others it never is.
     fn check_step(&mut self) -> Res<()> {
         let mut budget = CHECK_STEP_BLOCKS;
+        let mut turns = 2 * self.spec.volumes.len() as u64;
         for index in 0..self.spec.volumes.len() {
             for written in [true, false] {
-                let Primary { capturing: Some(capturing), spec, agent, volumes, engine, known, .. } = self else { return Ok(()) };
-                let due = if written { &mut capturing.check[index] } else { &mut capturing.scrub[index] };
-                if budget == 0 || due.is_empty() {
+                let Primary { capturing: Some(capturing), spec, agent, volumes, engine, known, checks, .. } = self else {
+                    return Ok(());
+                };
+                let (id, blocks) = (spec.volumes[index].id, spec.volumes[index].blocks());
+                // To each its share, so that a busy volume does not keep the others from ever being looked at; what one leaves over
+                // goes to the next.
+                let mut step = checks[index].step(written, (budget / turns).max(1));
+                budget -= step.count().min(budget);
+                turns -= 1;
+                if step.is_empty() {
                     continue;
                 }
-                let (id, blocks) = (spec.volumes[index].id, spec.volumes[index].blocks());
-                let mut step = BlockSet::empty(blocks);
-                for run in due.runs(64) {
-                    let run = BlockRun { count: run.count.min(budget), ..run };
-                    step.insert(run);
-                    budget -= run.count;
-                    if budget == 0 {
-                        break;
-                    }
-                }
-                due.subtract(&step);
+                let written = written || checks[index].first_round;
                 step.subtract(&agent.tracker()?.active(id)?);
                 for range in capturing.stream.capture().in_flight(index) {
                     let (first, end) = (range.offset / BLOCK_BYTES, range.end().div_ceil(BLOCK_BYTES).min(blocks));
@@ -405,4 +520,58 @@ pub(super) fn sources<'a>(specs: &'a [VolumeSpec], volumes: &'a [Opened]) -> Vec
         image: &v.image,
     };
     specs.iter().zip(volumes).map(source).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn set(blocks: u64, runs: &[(u64, u64)]) -> BlockSet {
+        let mut set = BlockSet::empty(blocks);
+        runs.iter().for_each(|(start, count)| set.insert(BlockRun { start: *start, count: *count }));
+        set
+    }
+
+    #[test]
+    fn the_scrub_goes_round_and_leaves_nothing_out_however_short_the_checkpoints_are() {
+        let blocks = 2 * SCRUB_BLOCKS + 100;
+        let (mut checks, mut seen) = (Checks::new(blocks), BlockSet::empty(blocks));
+        let mut rounds = 0;
+        while checks.first_round {
+            checks.begin(&set(blocks, &[]));
+            // Far less is compared between two checkpoints than a window holds.
+            seen.union(&checks.step(false, 1000));
+            rounds += 1;
+            assert!(rounds < 100, "it never comes round");
+        }
+        assert_eq!(seen.count(), blocks);
+    }
+
+    #[test]
+    fn what_was_written_is_never_compared_as_if_nobody_had_written_it() {
+        let mut checks = Checks::new(1000);
+        checks.begin(&set(1000, &[(5, 2)]));
+        assert_eq!(checks.step(false, 10), set(1000, &[(0, 5), (7, 5)]));
+        // Written while its window waits, found by a checkpoint or by a new beginning of capture.
+        checks.begin(&set(1000, &[(20, 1)]));
+        checks.took(&set(1000, &[(13, 1)]));
+        assert_eq!(checks.step(false, 10), set(1000, &[(12, 1), (14, 6), (21, 3)]));
+        // It stays "written" until it was compared as that.
+        assert_eq!(checks.step(true, 3), set(1000, &[(5, 2), (13, 1)]));
+        assert_eq!(checks.step(true, 3), set(1000, &[(20, 1)]));
+        assert_eq!(checks.step(true, 3).count(), 0);
+    }
+
+    #[test]
+    fn a_busy_beginning_does_not_keep_the_end_waiting() {
+        let mut checks = Checks::new(1000);
+        checks.took(&set(1000, &[(0, 100), (900, 1)]));
+        for _ in 0..11 {
+            checks.step(true, 10);
+            checks.took(&set(1000, &[(0, 100)]));
+        }
+        assert_eq!(checks.written, set(1000, &[(0, 100)]), "block 900 was compared in its turn");
+        checks.step(true, 1000);
+        assert!(checks.step(true, 1000).count() == 0 && checks.written.is_empty());
+    }
 }
