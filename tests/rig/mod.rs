@@ -50,13 +50,18 @@ impl Drop for Pins {
 pub struct Loop {
     dir: tempfile::TempDir,
     path: PathBuf,
+    options: &'static [&'static str],
 }
 
 impl Loop {
     pub fn new(bytes: u64) -> Loop {
-        let dir = tempfile::Builder::new().prefix("doublure-tracker").tempdir_in("/var/tmp").unwrap();
+        Loop::on(Path::new("/var/tmp"), bytes, &["--direct-io=on"])
+    }
+    /// Its file below `place`, attached with these options of losetup.
+    pub fn on(place: &Path, bytes: u64, options: &'static [&'static str]) -> Loop {
+        let dir = tempfile::Builder::new().prefix("doublure-tracker").tempdir_in(place).unwrap();
         File::create(dir.path().join("image")).unwrap().set_len(bytes).unwrap();
-        let mut made = Loop { dir, path: PathBuf::new() };
+        let mut made = Loop { dir, path: PathBuf::new(), options };
         made.attach();
         made
     }
@@ -65,7 +70,11 @@ impl Loop {
     }
     pub fn attach(&mut self) {
         let image = self.image();
-        self.path = run("losetup", &["--find", "--show", "--direct-io=on", image.to_str().unwrap()]).trim().into();
+        let arguments = [&["--find", "--show"], self.options, &[image.to_str().unwrap()]].concat();
+        self.path = run("losetup", &arguments).trim().into();
+    }
+    pub fn path(&self) -> &Path {
+        &self.path
     }
     pub fn name(&self) -> String {
         self.path.file_name().unwrap().to_string_lossy().into_owned()
