@@ -22,6 +22,9 @@
 #include "shared.bpf.h"
 
 enum { PROGRAMS = 4, HALVES = 2, REGIONS = 3, NOTE_BYTES = 256 };
+const volatile struct {
+	u32 plant; // a fault planted by a test; 0 otherwise
+} fault SEC(".rodata.fault") = { 0 };
 // One per program and volume, per CPU: a program is never re-entered on a CPU, so plain adds are exact.
 struct counters {
 	u64 sectors; // changed, 512 bytes each
@@ -227,13 +230,18 @@ static inline_always int completed(struct request *rq, u32 bytes, u32 program)
 		count->stale++;
 		return 0;
 	}
+	if (fault.plant == PLANT_UNSEEN && picked(rq->__sector))
+		return 0;
 	if (!known(op))
 		count->unknown++;
 	half = active_half(volume);
 	bio = rq->bio;
 	if (op != OP_DISCARD || !bio || !bio->bi_next) {
 		// Data and flush sequences complete twice, the second time with no bytes; partial completions name theirs.
-		mark_sectors(volume, count, half, rq->__sector, bytes);
+		if (fault.plant == PLANT_SUBMIT_ONLY)
+			count->sectors += (bytes + 511) >> 9;
+		else
+			mark_sectors(volume, count, half, rq->__sector, bytes);
 		goto ended;
 	}
 	// Devices that take many ranges in one discard merge bios that do not touch: each has its own range.

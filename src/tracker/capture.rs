@@ -51,6 +51,14 @@ pub enum Plant {
     LoseHoles,
     /// Data is not recorded.
     LoseData,
+    /// Some writes find no room in the ring, not even for a hole. Not a fault: it is counted, and a cut must be exact all the same.
+    NoRoom,
+    /// Some completions are seen by no program at all (kernel-notes T8). Not a fault either.
+    Unseen,
+    /// Only the bio's own device is looked at, which for a partition is not the disk.
+    OwnDevice,
+    /// A bit is set at submit alone, and nobody waits for what is in flight.
+    SubmitOnly,
 }
 
 fn refused(cause: &str, error: &libbpf_rs::Error) -> Fault {

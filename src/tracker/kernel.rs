@@ -7,6 +7,7 @@
 
 use crate::model::{Code, Fault, Res};
 use crate::tracker::halves::Words;
+use crate::tracker::capture::Plant;
 use crate::tracker::notes::{HostNote, NOTE_BYTES, PROGRAMS, Record};
 use crate::tracker::sysfs::boot_id;
 use crate::tracker::witness::{Counts, NAMES};
@@ -144,7 +145,7 @@ fn object_hash() -> u64 {
 
 impl Kernel {
     /// Finds the pins under `pin_dir` whole, or takes down what is there and makes them.
-    pub(super) fn open(pin_dir: &Path) -> Res<Kernel> {
+    pub(super) fn open(pin_dir: &Path, plant: Plant) -> Res<Kernel> {
         if !Path::new("/sys/kernel/btf/vmlinux").exists() {
             let next = "use a kernel built with CONFIG_DEBUG_INFO_BTF (every current distribution's is)";
             return Err(Fault::new(
@@ -174,7 +175,7 @@ impl Kernel {
                 }
             }
         }
-        make(&dir)?;
+        make(&dir, plant)?;
         Kernel::found(&dir)
     }
 
@@ -422,10 +423,14 @@ pub(super) fn flights_in(table: &[AtomicU64], slot: u32) -> Vec<Flight> {
 /// 3. The host note is written.
 ///
 /// A death before 3 leaves pins that [`Kernel::found`] refuses and the next start takes down; no volume is tracked before 3.
-fn make(dir: &Path) -> Res<()> {
+fn make(dir: &Path, plant: Plant) -> Res<()> {
     fs::create_dir(dir).map_err(|e| Fault::io(dir.display().to_string(), &e))?;
     let load = || -> libbpf_rs::Result<()> {
-        let mut object = ObjectBuilder::default().name("doublure")?.open_memory(OBJECT)?.load()?;
+        let mut object = ObjectBuilder::default().name("doublure")?.open_memory(OBJECT)?;
+        for mut map in object.maps_mut().filter(|map| map.name().to_string_lossy().ends_with(".rodata.fault")) {
+            map.set_initial_value(&(plant as u32).to_ne_bytes())?;
+        }
+        let mut object = object.load()?;
         for mut map in object.maps_mut() {
             let name = map.name().to_string_lossy().into_owned();
             if MAPS.contains(&name.as_str()) {

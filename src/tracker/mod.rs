@@ -88,10 +88,16 @@ impl Tracker {
     /// Opens the pinned programs and maps under `pin_dir` (on bpffs, mounted if it is not), or loads and pins them.
     /// Errors: `KERNEL_UNSUPPORTED` (no BTF, no BPF, no tracepoint; names which).
     pub fn open(pin_dir: &Path) -> Res<Tracker> {
-        let kernel = Kernel::open(pin_dir)?;
+        Tracker::open_planted(pin_dir, Plant::Nothing)
+    }
+
+    /// As [`Tracker::open`], with a fault planted into the programs that it loads and into those that the next
+    /// [`Tracker::prepare_capture`] loads, which then leaves out the proof that would find it. For tests.
+    #[doc(hidden)]
+    pub fn open_planted(pin_dir: &Path, plant: Plant) -> Res<Tracker> {
+        let kernel = Kernel::open(pin_dir, plant)?;
         let untried = Fault::new(Code::KernelUnsupported, "capture", "it was not asked for yet", "restart the agent");
-        let mut tracker =
-            Tracker { kernel, groups: BTreeMap::new(), volumes: BTreeMap::new(), capturer: Err(untried), plant: Plant::Nothing };
+        let mut tracker = Tracker { kernel, groups: BTreeMap::new(), volumes: BTreeMap::new(), capturer: Err(untried), plant };
         // A previous life may have died between the store of a phase and its grace period.
         tracker.grace_period()?;
         for slot in 0..MAX_VOLUMES {
@@ -142,13 +148,6 @@ impl Tracker {
     /// Why this host cannot capture; `None` when it can.
     pub fn capture_refusal(&self) -> Option<&Fault> {
         self.capturer.as_ref().err()
-    }
-
-    /// Plants a fault into the programs that the next [`Tracker::prepare_capture`] loads, and leaves out the proof, which would find
-    /// it. For tests.
-    #[doc(hidden)]
-    pub fn plant(&mut self, plant: Plant) {
-        self.plant = plant;
     }
 
     /// Begins to capture: a ring for the group, then a flip whose one store also turns capture on. Every write that completes after
@@ -294,6 +293,17 @@ impl Tracker {
             self.grace_period()?;
             self.begin_anew_in_quiet(before)?;
         }
+        Ok(())
+    }
+
+    /// Flips with capture off, and turns it on again after a pause: what two separate stores would do. For tests.
+    #[doc(hidden)]
+    pub fn flip_in_two_stores(&mut self, group: GroupId, pause: Duration) -> Res<()> {
+        let slot = self.group_slot(group)?;
+        let captures = self.kernel.captures(slot);
+        self.flip_with(group, 4, false)?;
+        std::thread::sleep(pause);
+        self.kernel.set_phase(slot, self.kernel.phase(slot), captures);
         Ok(())
     }
 

@@ -176,8 +176,7 @@ impl Field {
 
     /// An agent begins.
     fn live(&mut self) -> Vec<Continuity> {
-        let mut tracker = Tracker::open(&self.pins.0).unwrap();
-        tracker.plant(self.setting.kernel);
+        let mut tracker = Tracker::open_planted(&self.pins.0, self.setting.kernel).unwrap();
         tracker.prepare_capture(Path::new(SCRATCH)).unwrap();
         let found = self.volumes.iter().map(|v| tracker.track(GROUP, v.id, &v.identity).unwrap()).collect();
         self.tracker = Some(Mutex::new(tracker));

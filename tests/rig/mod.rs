@@ -59,7 +59,7 @@ impl Loop {
     }
     /// Its file below `place`, attached with these options of losetup.
     pub fn on(place: &Path, bytes: u64, options: &'static [&'static str]) -> Loop {
-        let dir = tempfile::Builder::new().prefix("doublure-tracker").tempdir_in(place).unwrap();
+        let dir = tempfile::Builder::new().prefix("doublure-capture").tempdir_in(place).unwrap();
         File::create(dir.path().join("image")).unwrap().set_len(bytes).unwrap();
         let mut made = Loop { dir, path: PathBuf::new(), options };
         made.attach();
@@ -126,7 +126,7 @@ impl Mounted {
         // Without discarding everything first: a test that expects some blocks must not find all.
         let options: &[&str] = if kind == "xfs" { &["-q", "-f", "-K", path] } else { &["-q", "-F", "-E", "nodiscard", path] };
         run(&format!("mkfs.{kind}"), options);
-        let dir = tempfile::Builder::new().prefix("doublure-mount").tempdir_in("/var/tmp").unwrap();
+        let dir = tempfile::Builder::new().prefix("doublure-capture-mnt").tempdir_in("/var/tmp").unwrap();
         run("mount", &[path, dir.path().to_str().unwrap()]);
         Mounted { dir }
     }
