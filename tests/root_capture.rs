@@ -256,7 +256,8 @@ fn cuts_of_raw_devices_are_exact_with_a_ring_that_overflows() {
 #[ignore = "needs root: sudo ./dev check kernel"]
 fn cuts_now_and_then_are_exact_and_so_is_what_completed_between_them() {
     listen();
-    let mut run = Run::new("interval", seed(), many(250), pair(24 * MIB));
+    let mut run = Run::new("interval", seed(), many(200), pair(12 * MIB));
+    run.options.rest = Duration::from_millis(10);
     run.setting = Setting { interval: true, death_once_in: 60, rest: Duration::from_millis(20), ..Setting::default() };
     let (tally, ..) = run.holds();
     assert!(tally.receipts > 50, "{tally:?}");
@@ -266,7 +267,7 @@ fn cuts_now_and_then_are_exact_and_so_is_what_completed_between_them() {
 #[ignore = "needs root: sudo ./dev check kernel"]
 fn what_found_no_room_and_what_was_seen_by_no_program_is_read() {
     listen();
-    for (name, kernel) in [("no-room", Plant::NoRoom), ("unseen", Plant::Unseen)] {
+    for (name, kernel) in [("no-room", Plant::NoRoom), ("unseen", Plant::Unseen), ("not-entered", Plant::UnseenAndNotEntered)] {
         for (name, interval) in [(name, false), (name, true)] {
             let mut run = Run::new(name, seed(), many(if interval { 50 } else { 150 }), pair(12 * MIB));
             run.options.rest = Duration::from_millis(10);
@@ -306,6 +307,7 @@ fn cuts_are_exact_while_writes_fail_for_want_of_room_below() {
     let mut run = Run::new("full-disk", seed(), many(150), loops);
     run.parts[0].modes = vec![Mode::Direct, Mode::Buffered, Mode::Ring];
     run.read_back = true;
+    run.setting.rest = Duration::from_millis(60);
     let (.., summary) = run.holds();
     assert!(summary.failed > summary.again && summary.failed < summary.writes, "{summary:?}");
 }
@@ -375,6 +377,103 @@ fn what_is_written_through_partitions_arrives_at_its_place() {
     listen();
     let nodes = tempfile::Builder::new().prefix("doublure-capture-dir").tempdir_in("/var/tmp").unwrap();
     on_partitions("partitions", seed(), many(150), nodes.path()).holds();
+}
+
+// ---- mounted file systems --------------------------------------------------------------------------------------------------
+
+/// A loop device over a copy of a replica.
+fn copy_of(replica: &Path, dir: &Path) -> Loop {
+    let at = dir.join("copy");
+    rig::run("cp", &["--reflink=auto", "--sparse=always", replica.to_str().unwrap(), at.to_str().unwrap()]);
+    Loop::of(&at)
+}
+
+/// The storm writes files on two mounted volumes while they are cut; random generations are copied, mounted (the journal is
+/// replayed), read and checked by the file system's own tool.
+fn mounted(kind: &'static str, generations: u64, looks: u64) -> Tally {
+    listen();
+    let seed = seed();
+    let (disk, bytes) = (if kind == "xfs" { 320 * MIB } else { 160 * MIB }, 12 * MIB);
+    let setting = Setting { death_once_in: generations / 2, rest: Duration::from_millis(30), ..Setting::default() };
+    let mut field = Field::new(kind, seed, pair(disk), setting);
+    let dir = tempfile::Builder::new().prefix("doublure-capture-dir").tempdir_in("/var/tmp").unwrap();
+    let replicas = ["one", "two"].map(|name| {
+        let path = dir.path().join(name);
+        std::fs::File::create(&path).unwrap().set_len(disk).unwrap();
+        (std::fs::OpenOptions::new().write(true).open(&path).unwrap(), path)
+    });
+    let (options, check): (&str, &[&str]) = match kind {
+        "xfs" => ("nouuid", &["xfs_repair", "-n"]),
+        "btrfs" => ("rw", &["btrfs", "check", "--readonly"]),
+        _ => ("rw", &["e2fsck", "-fn"]),
+    };
+    let mut mounts = Vec::new();
+    for made in &field.loops {
+        let force: &[&str] = if kind == "ext4" { &["-q"] } else { &["-q", "-f"] };
+        rig::run(&format!("mkfs.{kind}"), &[force, &[made.path().to_str().unwrap()]].concat());
+        mounts.push(Mount::new(made.path(), kind, "rw"));
+        std::fs::write(mounts.last().unwrap().0.path().join("file"), vec![0; bytes as usize]).unwrap();
+    }
+    nix::unistd::sync();
+    let targets = mounts.iter().map(|mount| Target::file(&mount.0.path().join("file"), bytes)).collect();
+    let options_of_storm = Options {
+        chains: vec![(0, 1, true), (1, 0, false)],
+        trim: mounts.iter().map(|mount| mount.0.path().into()).collect(),
+        rest: Duration::from_millis(5),
+        ..Options::default()
+    };
+    let storm = Storm::start(seed, targets, options_of_storm);
+    let (mut checker, journal) = (storm.checker(), storm.journal());
+    let mut storm = Some(storm);
+    let (mut sum, mut looked) = (Checked::default(), 0);
+    for generation in 0..=generations {
+        let last = generation == generations;
+        if last {
+            let summary = storm.take().unwrap().stop();
+            println!("{kind}: {summary:?}");
+        }
+        let (low, high) = field
+            .generation(&|| journal.now(), &mut |volume, at, bytes| replicas[volume as usize].0.write_all_at(bytes, at).unwrap())
+            .unwrap_or_else(|fault| panic!("{kind}, DOUBLURE_SEED={seed}: {fault}"));
+        if !last && !field.dice.once_in(generations / looks) {
+            continue;
+        }
+        looked += 1;
+        for (number, (_, replica)) in (0..).zip(&replicas) {
+            let copy = copy_of(replica, dir.path());
+            let mount = Mount::new(copy.path(), kind, options);
+            checker.load(number, &mount.0.path().join("file"), 0).unwrap();
+            drop(mount);
+            rig::run(check[0], &[&check[1..], &[copy.path().to_str().unwrap()]].concat());
+        }
+        let checked = checker.check(low, high).unwrap_or_else(|v| panic!("{kind}, DOUBLURE_SEED={seed}, {generation}: {v}"));
+        sum.required += checked.required;
+        sum.changed += checked.changed;
+        sum.links += checked.links;
+    }
+    let tally = field.finish();
+    tally.print(kind);
+    println!("{kind}: mounted {looked} generations: {sum:?}");
+    assert!(sum.required > 100 && sum.changed > 1000 && sum.links > 0, "{sum:?}");
+    tally
+}
+
+#[test]
+#[ignore = "needs root: sudo ./dev check kernel"]
+fn replicas_of_mounted_ext4_are_whole_at_any_generation() {
+    mounted("ext4", many(150), 4);
+}
+
+#[test]
+#[ignore = "needs root: sudo ./dev check kernel"]
+fn replicas_of_mounted_xfs_are_whole_at_any_generation() {
+    mounted("xfs", many(150), 4);
+}
+
+#[test]
+#[ignore = "needs root: sudo ./dev check kernel"]
+fn replicas_of_mounted_btrfs_are_whole_at_any_generation() {
+    mounted("btrfs", many(150), 4);
 }
 
 // ---- planted faults --------------------------------------------------------------------------------------------------------

@@ -200,6 +200,11 @@ static inline_always int submitted(struct bio *bio, u32 program)
 	if (!known(op))
 		count->unknown++;
 	mark_sectors(volume, count, active_half(volume), bio->bi_iter.bi_sector, bio->bi_iter.bi_size);
+	if (fault.plant == PLANT_UNSEEN_AND_NOT_ENTERED && bio->bi_iter.bi_sector * 0x9e3779b97f4a7c15ULL >> 63) {
+		if (program == 0)
+			count->untracked++;
+		return 0;
+	}
 	// After the bit: whoever does not find a write in the table finds its bit.
 	if (program == 0 && bio->bi_iter.bi_size &&
 	    flight_begin(number_of(bio), volume, (u32)disk->major << 20 | (u32)disk->first_minor, bio->bi_iter.bi_sector,
@@ -230,7 +235,7 @@ static inline_always int completed(struct request *rq, u32 bytes, u32 program)
 		count->stale++;
 		return 0;
 	}
-	if (fault.plant == PLANT_UNSEEN && picked(rq->__sector))
+	if (unseen(fault.plant, rq->__sector))
 		return 0;
 	if (!known(op))
 		count->unknown++;

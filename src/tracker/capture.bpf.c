@@ -313,7 +313,7 @@ static inline_always int ended(struct request *rq, u64 address, u32 error, u32 b
 	volume = find(disk);
 	if (!volume || disk->diskseq != volume->diskseq)
 		return 0;
-	if (tune.plant == PLANT_UNSEEN && picked(rq->__sector))
+	if (unseen(tune.plant, rq->__sector))
 		return 0;
 	at = volume->slot * 2 + copy;
 	sight = bpf_map_lookup_elem(&sights, &at);

@@ -269,6 +269,13 @@ impl Kernel {
         };
         Ok((open("shares", MAX_VOLUMES as usize * SHARE_WORDS)?, open("flights", FLIGHT_WORDS)?))
     }
+    /// The counters and the program that enters writes into the in-flight table, for the same.
+    pub(super) fn entries_again(&self) -> Res<(MapHandle, OwnedFd)> {
+        let path = self.dir.join("counters");
+        let counters = MapHandle::from_pinned_path(&path).map_err(|e| fault_of(&format!("pinned map {}", path.display()), &e))?;
+        let program = self.attached[0].program.try_clone().map_err(|e| Fault::io("a program's descriptor", &e))?;
+        Ok((counters, program))
+    }
     /// Updates the spare element of the array of maps, which makes the kernel wait for running programs.
     pub(super) fn touch_spare(&self) -> libbpf_rs::Result<()> {
         self.bits.update(&SPARE_SLOT.to_ne_bytes(), &self.spare.as_fd().as_raw_fd().to_ne_bytes(), MapFlags::ANY)
@@ -396,6 +403,13 @@ impl Kernel {
 /// The words of a volume's `struct share` in a mapping of all of them: put, taken, room, lost.
 pub(super) fn share_in(shares: &Words, slot: u32) -> &[AtomicU64] {
     &shares.all()[slot as usize * SHARE_WORDS..(slot as usize + 1) * SHARE_WORDS]
+}
+
+/// Writes of a volume that found no place in the in-flight table; only the first program enters any.
+pub(super) fn untracked_in(counters: &MapHandle, slot: u32) -> Res<u64> {
+    let key = (slot * PROGRAMS as u32).to_ne_bytes();
+    let found = counters.lookup_percpu(&key, MapFlags::ANY).map_err(|e| fault_of("the counters", &e))?;
+    Ok(found.into_iter().flatten().map(|cpu| u64::from_ne_bytes(std::array::from_fn(|i| cpu[32 + i]))).sum())
 }
 
 /// The entries of a volume in the in-flight table. One that is being written belongs to a write that has not even begun.

@@ -158,10 +158,12 @@ impl Tracker {
         let slot = self.group_slot(group)?;
         self.end_capture(slot)?;
         let capturer = self.capturer.as_ref().map_err(Clone::clone)?;
+        let misses = self.group_note(slot)?.misses[0];
         let mut sides = Vec::new();
         for id in volumes {
             let volume = self.volume(*id)?;
-            sides.push((*id, volume.slot, Disk::find(volume.note.identity.major, volume.note.identity.minor)?));
+            let entries = capture::Entries { untracked: volume.note.counts.untracked, misses };
+            sides.push((*id, volume.slot, Disk::find(volume.note.identity.major, volume.note.identity.minor)?, entries));
         }
         let capture = capturer.begin(&self.kernel, slot, sides, ring_bytes)?;
         self.kernel.set_phase(slot, self.kernel.phase(slot), false);

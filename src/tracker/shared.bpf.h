@@ -134,6 +134,7 @@ enum {
 	PLANT_UNSEEN,
 	PLANT_OWN_DEVICE,
 	PLANT_SUBMIT_ONLY,
+	PLANT_UNSEEN_AND_NOT_ENTERED,
 };
 enum { FLIGHT_WAYS = 8, FLIGHT_SETS = 4096, FLIGHT_BUSY = 1 };
 // Of one program copy and volume, per CPU.
@@ -199,6 +200,11 @@ static inline_always struct volume *find(struct gendisk *disk)
 static inline_always int picked(u64 sector)
 {
 	return sector * 0x9e3779b97f4a7c15ULL >> 58 == 7;
+}
+
+static inline_always int unseen(u32 plant, u64 sector)
+{
+	return (plant == PLANT_UNSEEN || plant == PLANT_UNSEEN_AND_NOT_ENTERED) && picked(sector);
 }
 
 static inline_always int known(u32 op)

@@ -65,6 +65,14 @@ impl Loop {
         made.attach();
         made
     }
+    /// Over a file that is there already.
+    pub fn of(file: &Path) -> Loop {
+        let dir = tempfile::Builder::new().prefix("doublure-capture").tempdir_in(file.parent().unwrap()).unwrap();
+        fs::rename(file, dir.path().join("image")).unwrap();
+        let mut made = Loop { dir, path: PathBuf::new(), options: &[] };
+        made.attach();
+        made
+    }
     pub fn image(&self) -> PathBuf {
         self.dir.path().join("image")
     }
