@@ -263,19 +263,38 @@ fn cuts_now_and_then_are_exact_and_so_is_what_completed_between_them() {
     assert!(tally.receipts > 50, "{tally:?}");
 }
 
+/// What is rare luck elsewhere happens all the time; a cut must be exact all the same.
+fn unlucky(name: &'static str, kernel: Plant) {
+    listen();
+    for (interval, generations) in [(false, 80), (true, 30)] {
+        let mut run = Run::new(name, seed(), many(generations), pair(8 * MIB));
+        run.options.rest = Duration::from_millis(20);
+        run.options.depth = 64;
+        run.setting = Setting { kernel, interval, death_once_in: 30, rest: Duration::from_millis(20), ..Setting::default() };
+        // A write that was in flight over a flip whose bits a receipt cleared, and that is in no table, is not among the dirty
+        // blocks: the next flip says that it doubts, which is not what is tried here.
+        run.setting.no_receipts = kernel == Plant::UnseenAndNotEntered;
+        let (tally, ..) = run.holds();
+        assert!(tally.counts.missed > 10, "{tally:?}");
+    }
+}
+
 #[test]
 #[ignore = "needs root: sudo ./dev check kernel"]
-fn what_found_no_room_and_what_was_seen_by_no_program_is_read() {
-    listen();
-    for (name, kernel) in [("no-room", Plant::NoRoom), ("unseen", Plant::Unseen), ("not-entered", Plant::UnseenAndNotEntered)] {
-        for (name, interval) in [(name, false), (name, true)] {
-            let mut run = Run::new(name, seed(), many(if interval { 50 } else { 150 }), pair(12 * MIB));
-            run.options.rest = Duration::from_millis(10);
-            run.setting = Setting { kernel, interval, death_once_in: 50, ..Setting::default() };
-            let (tally, ..) = run.holds();
-            assert!(tally.counts.missed > 10, "{tally:?}");
-        }
-    }
+fn what_found_no_room_in_the_ring_is_read() {
+    unlucky("no-room", Plant::NoRoom);
+}
+
+#[test]
+#[ignore = "needs root: sudo ./dev check kernel"]
+fn what_no_program_saw_to_complete_is_read() {
+    unlucky("unseen", Plant::Unseen);
+}
+
+#[test]
+#[ignore = "needs root: sudo ./dev check kernel"]
+fn what_no_program_saw_to_complete_and_no_table_holds_is_read() {
+    unlucky("not-entered", Plant::UnseenAndNotEntered);
 }
 
 /// Unmounted and gone at the end.

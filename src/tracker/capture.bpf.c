@@ -304,8 +304,13 @@ static inline_always int ended(struct request *rq, u64 address, u32 error, u32 b
 	struct gendisk *disk;
 	struct volume *volume;
 	struct sight *sight;
-	u64 *mark;
+	u64 *mark = bpf_map_lookup_elem(&done, &zero);
 
+	if (!mark)
+		return 0;
+	// A mark that b was skipped for must not stay: its request's address comes again, perhaps for one that a is skipped for.
+	if (!copy)
+		*mark = 0;
 	// A flush sequence ends twice, the second time with no bytes.
 	if (!(op & 1) || !bytes)
 		return 0;
@@ -319,9 +324,6 @@ static inline_always int ended(struct request *rq, u64 address, u32 error, u32 b
 	sight = bpf_map_lookup_elem(&sights, &at);
 	if (sight)
 		sight->sectors += bytes >> 9;
-	mark = bpf_map_lookup_elem(&done, &zero);
-	if (!mark)
-		return 0;
 	if (copy && *mark == address) {
 		*mark = 0;
 		return 0;

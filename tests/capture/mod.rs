@@ -37,6 +37,8 @@ pub struct Setting {
     pub rest: Duration,
     /// Bits are cleared by receipts before what they stand for was cut.
     pub early_receipts: bool,
+    /// No receipt ever comes.
+    pub no_receipts: bool,
 }
 
 impl Default for Setting {
@@ -51,6 +53,7 @@ impl Default for Setting {
             interval: false,
             rest: Duration::ZERO,
             early_receipts: false,
+            no_receipts: false,
         }
     }
 }
@@ -73,21 +76,6 @@ pub struct Tally {
 }
 
 impl Tally {
-    pub fn add(&mut self, other: &Tally) {
-        self.generations += other.generations;
-        self.rounds += other.rounds;
-        self.flips += other.flips;
-        self.receipts += other.receipts;
-        self.deaths += other.deaths;
-        self.inexact += other.inexact;
-        self.doubts += other.doubts;
-        self.applied_bytes += other.applied_bytes;
-        self.counts.captured_bytes += other.counts.captured_bytes;
-        self.counts.reread_bytes += other.counts.reread_bytes;
-        self.counts.holes += other.counts.holes;
-        self.counts.missed += other.counts.missed;
-        self.took += other.took;
-    }
     pub fn print(&self, what: &str) {
         println!(
             "{what}: {} generations in {:.1} s; captured {} MiB, read again {} MiB, applied {} MiB; {} holes, {} rounds, {} looks that \
@@ -311,7 +299,7 @@ impl Field {
         let acked = tracker.base(GROUP).unwrap().acked;
         tracker.set_base(GROUP, Base { acked, pending: place }).unwrap();
         self.pending = Some(place);
-        if self.setting.early_receipts || !self.dice.once_in(3) {
+        if !self.setting.no_receipts && (self.setting.early_receipts || !self.dice.once_in(3)) {
             tracker.release(GROUP, &TestReceipt(place.0, place.1)).unwrap();
             self.pending = None;
             self.tally.receipts += 1;
