@@ -2,7 +2,6 @@
 
 use crate::config::Mode;
 use crate::config::{Settings, parse, parse_duration, parse_size};
-use crate::config::Mode;
 use crate::model::{Code, EngineKind};
 use proptest::prelude::*;
 use std::time::Duration;

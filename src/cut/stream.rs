@@ -15,10 +15,13 @@ use crate::model::{BLOCK_BYTES, BlockRun, BlockSet, ByteRun, Code, Fault, GroupI
 use crate::reader;
 use crate::tracker::{Capture, Missed, Tracker, What};
 use std::sync::Mutex;
+use std::time::Duration;
 
 /// How often a cut moves on behind a read before it is given up. Each time less is left to read; only a device whose every write is a
 /// hole, faster than it can be read, comes near it.
 const MOVES: usize = 64;
+/// How far apart a planted fault tears what belongs together.
+const PLANTED_PAUSE: Duration = Duration::from_millis(3);
 /// A range of zeroes larger than this is read again (its holes cost nothing) instead of being spelled out.
 const ZERO_BYTES_MAX: u64 = 256 << 10;
 
@@ -82,14 +85,16 @@ pub enum StreamPlant {
     DropRecords(u64),
     /// Two records in a row change places.
     SwapRecords,
-    /// What was missed is asked for before the records are walked.
+    /// What was missed is asked for a moment before the records are walked.
     CountersFirst,
     /// The cut stays where it was before a hole was read.
     CutBeforeRead,
-    /// The half is flipped and capture begins in two stores.
+    /// The half is flipped in one store, and capture goes on with another one a moment later.
     TwoStores,
     /// The end of a record is left to the next cut.
     CutInsideRecord,
+    /// What was gathered before a round is laid over what the round reads.
+    OldOverRound,
 }
 
 impl Stream {
@@ -125,7 +130,10 @@ impl Stream {
     /// Begins a new half of the bitmap while capture goes on. Everything that was taken is in a generation that is cut
     /// after this call. Errors of the tracker.
     pub fn flip(&mut self, tracker: &Mutex<Tracker>) -> Res<()> {
-        lock(tracker).flip(self.group)
+        match self.plant {
+            StreamPlant::TwoStores => lock(tracker).flip_in_two_stores(self.group, PLANTED_PAUSE),
+            _ => lock(tracker).flip(self.group),
+        }
     }
 
     /// Looks for a cut.
@@ -145,6 +153,9 @@ impl Stream {
         check_identities(sources)?;
         for _ in 0..MOVES {
             let early = (self.plant == StreamPlant::CountersFirst).then(|| self.capture.missed()).transpose()?;
+            if early.is_some() {
+                std::thread::sleep(PLANTED_PAUSE);
+            }
             self.walk()?;
             let wanted_bytes: u64 = self.unread.iter().map(|set| set.count() * BLOCK_BYTES).sum();
             if wanted_bytes > 0 {
@@ -184,6 +195,10 @@ impl Stream {
     /// than a hole of the same block. So it is read too, and the ring is empty for what comes meanwhile.
     fn all_to_read(&mut self) -> Vec<BlockSet> {
         let Stream { gathered, unread, .. } = self;
+        if self.plant == StreamPlant::OldOverRound {
+            let fresh = unread.iter().map(|set| BlockSet::empty(set.blocks())).collect();
+            return std::mem::replace(unread, fresh);
+        }
         gathered.each_block(&mut |volume, block| unread[usize::from(volume)].insert(BlockRun { start: block, count: 1 }));
         gathered.clear();
         self.capture.release();
@@ -215,9 +230,6 @@ impl Stream {
             }
         };
         match *plant {
-            StreamPlant::Nothing | StreamPlant::CountersFirst | StreamPlant::CutBeforeRead | StreamPlant::TwoStores => {
-                capture.walk(to, &mut take)
-            }
             StreamPlant::DropRecords(every) => capture.walk(to, &mut |volume, record| {
                 number += 1;
                 if number % every != 0 {
@@ -234,6 +246,7 @@ impl Stream {
                 record.len_bytes = (record.len_bytes / 2).next_multiple_of(512);
                 take(volume, record);
             }),
+            _ => capture.walk(to, &mut take),
         }
     }
 

@@ -36,6 +36,9 @@ static u32 (*bpf_get_smp_processor_id)(void) = (void *)8;
 static long (*bpf_for_each_map_elem)(void *map, void *callback, void *ctx, u64 flags) = (void *)164;
 
 enum { PROGRAMS = 4, HALVES = 2, REGIONS = 3, NOTE_BYTES = 256 };
+const volatile struct {
+	u32 plant; // a fault planted by a test; 0 otherwise
+} fault SEC(".rodata.fault") = { 0 };
 // A leaf with the map's own 64 bytes (element header 48, key 8, the allocator's link 8) fills 512 bytes of memory exactly.
 enum { LEAF_WORDS = 56, LEAF_BLOCKS = LEAF_WORDS * 64, INBOX_LEAVES = 128 };
 
@@ -515,6 +518,11 @@ static inline_always int submitted(struct bio *bio, u32 program)
 	if (!known(op))
 		count->unknown++;
 	mark_sectors(volume, count, active_half(volume), bio->bi_iter.bi_sector, bio->bi_iter.bi_size);
+	if (fault.plant == PLANT_UNSEEN_AND_NOT_ENTERED && bio->bi_iter.bi_sector * 0x9e3779b97f4a7c15ULL >> 63) {
+		if (program == 0)
+			count->untracked++;
+		return 0;
+	}
 	// After the bit: whoever does not find a write in the table finds its bit.
 	if (program == 0 && bio->bi_iter.bi_size &&
 	    flight_begin(number_of(bio), volume, (u32)disk->major << 20 | (u32)disk->first_minor, bio->bi_iter.bi_sector,
@@ -545,13 +553,18 @@ static inline_always int completed(struct request *rq, u32 bytes, u32 program)
 		count->stale++;
 		return 0;
 	}
+	if (unseen(fault.plant, rq->__sector))
+		return 0;
 	if (!known(op))
 		count->unknown++;
 	half = active_half(volume);
 	bio = rq->bio;
 	if (op != OP_DISCARD || !bio || !bio->bi_next) {
 		// Data and flush sequences complete twice, the second time with no bytes; partial completions name theirs.
-		mark_sectors(volume, count, half, rq->__sector, bytes);
+		if (fault.plant == PLANT_SUBMIT_ONLY)
+			count->sectors += (bytes + 511) >> 9;
+		else
+			mark_sectors(volume, count, half, rq->__sector, bytes);
 		goto ended;
 	}
 	// Devices that take many ranges in one discard merge bios that do not touch: each has its own range.

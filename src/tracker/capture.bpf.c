@@ -26,7 +26,6 @@ const volatile struct {
 	u32 plant; // a fault planted by a test; 0 otherwise
 	u32 unused;
 } tune SEC(".rodata.tune") = { .page_shift = 12, .data_max_bytes = 256 << 10 };
-enum { PLANT_NEXT_PAGE = 1, PLANT_LOSE_HOLE = 2, PLANT_LOSE_DATA = 3 };
 
 struct {
 	__uint(type, MAP_PERCPU_ARRAY);
@@ -267,7 +266,7 @@ static inline_always void capture(struct request *rq, u32 error, u32 bytes, stru
 
 	if (!share)
 		return;
-	if (!ring) {
+	if (!ring || (tune.plant == PLANT_NO_ROOM && picked(rq->__sector))) {
 		__sync_fetch_and_add(&share->lost, 1);
 		return;
 	}
@@ -309,8 +308,13 @@ static inline_always int ended(struct request *rq, u64 address, u32 error, u32 b
 	struct gendisk *disk;
 	struct volume *volume;
 	struct sight *sight;
-	u64 *mark;
+	u64 *mark = bpf_map_lookup_elem(&done, &zero);
 
+	if (!mark)
+		return 0;
+	// A mark that b was skipped for must not stay: its request's address comes again, perhaps for one that a is skipped for.
+	if (!copy)
+		*mark = 0;
 	// A flush sequence ends twice, the second time with no bytes.
 	if (!(op & 1) || !bytes)
 		return 0;
@@ -318,18 +322,19 @@ static inline_always int ended(struct request *rq, u64 address, u32 error, u32 b
 	volume = find(disk);
 	if (!volume || disk->diskseq != volume->diskseq)
 		return 0;
+	if (unseen(tune.plant, rq->__sector))
+		return 0;
 	at = volume->slot * 2 + copy;
 	sight = bpf_map_lookup_elem(&sights, &at);
 	if (sight)
 		sight->sectors += bytes >> 9;
-	mark = bpf_map_lookup_elem(&done, &zero);
-	if (!mark)
-		return 0;
 	if (copy && *mark == address) {
 		*mark = 0;
 		return 0;
 	}
 	if (!capturing(volume))
+		return 0;
+	if (tune.plant == PLANT_OWN_DEVICE && rq->bio && rq->bio->bi_bdev != disk->part0)
 		return 0;
 	capture(rq, error, bytes, volume, op);
 	if (!copy)

@@ -6,7 +6,7 @@
 
 use crate::model::{ByteRun, Code, Fault, Res, VolumeId};
 use crate::tracker::halves::Words;
-use crate::tracker::kernel::{Kernel, fault_of, flights_in, misses_in, share_in};
+use crate::tracker::kernel::{Kernel, fault_of, flights_in, misses_in, share_in, untracked_in};
 use crate::tracker::ring::{Captured, Ring, What};
 use crate::tracker::sysfs::Disk;
 use libbpf_rs::{Link, MapCore, MapFlags, MapHandle, Object, ObjectBuilder, OpenObject};
@@ -51,6 +51,16 @@ pub enum Plant {
     LoseHoles,
     /// Data is not recorded.
     LoseData,
+    /// Some writes find no room in the ring, not even for a hole. Not a fault: it is counted, and a cut must be exact all the same.
+    NoRoom,
+    /// Some completions are seen by no program at all (kernel-notes T8). Not a fault either.
+    Unseen,
+    /// Only the bio's own device is looked at, which for a partition is not the disk.
+    OwnDevice,
+    /// A bit is set at submit alone, and nobody waits for what is in flight.
+    SubmitOnly,
+    /// Some completions are seen by no program, and half of all writes found no place in the in-flight table. Not a fault either.
+    UnseenAndNotEntered,
 }
 
 fn refused(cause: &str, error: &libbpf_rs::Error) -> Fault {
@@ -185,7 +195,7 @@ impl Capturer {
         &self,
         kernel: &Kernel,
         group_slot: u32,
-        volumes: Vec<(VolumeId, u32, Disk)>,
+        volumes: Vec<(VolumeId, u32, Disk, Entries)>,
         ring_bytes: u32,
     ) -> Res<Capture> {
         let ring = Ring::new(ring_bytes)?;
@@ -194,10 +204,13 @@ impl Capturer {
         let (shares, flights) = kernel.map_again()?;
         kernel.set_ring(group_slot, ring.map())?;
         let clone = |fd: &OwnedFd| fd.try_clone().map_err(|e| Fault::io("a program's descriptor", &e));
+        let (counters, enters) = kernel.entries_again()?;
         let mut capture = Capture {
             ring,
             shares,
             flights,
+            counters,
+            enters,
             sights: MapHandle::try_from(&self.sights).map_err(|e| fault_of("the capture counters", &e))?,
             programs: self.programs.iter().map(clone).collect::<Res<_>>()?,
             volumes: Vec::new(),
@@ -205,16 +218,25 @@ impl Capturer {
             misses: [[0; 2]; 2],
         };
         capture.misses = [capture.misses_now()?; 2];
-        for (id, slot, disk) in volumes {
+        for (id, slot, disk, entries) in volumes {
             kernel.begin_share(slot, room);
             // The kernel's account first: what completes in between is taken for lost once, and answered; the other way round
             // it would hide that much for ever.
             let stat_sectors = disk.sectors_changed()?;
             let seen = capture.seen(slot)?;
-            capture.volumes.push(Side { id, slot, disk, stat_sectors, seen, answered: 0, lost: 0, walked_bytes: 0 });
+            capture.volumes.push(Side { id, slot, disk, entries, stat_sectors, seen, answered: 0, lost: 0, walked_bytes: 0 });
         }
         Ok(capture)
     }
+}
+
+/// What the in-flight table lacks: it grows when a write finds no place there, or when the program that enters them is skipped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Entries {
+    /// Writes of the volume that found no place.
+    pub untracked: u64,
+    /// Skipped runs of the program, all disks of the host.
+    pub misses: u64,
 }
 
 /// One volume of a capture.
@@ -222,6 +244,8 @@ struct Side {
     id: VolumeId,
     slot: u32,
     disk: Disk,
+    /// As it was when nothing was in flight: since then every write was entered if it still is so.
+    entries: Entries,
     /// The two accounts when capture began, in sectors.
     stat_sectors: u64,
     seen: [u64; 2],
@@ -247,6 +271,8 @@ pub struct Capture {
     ring: Ring,
     shares: Words,
     flights: Words,
+    counters: Words,
+    enters: OwnedFd,
     sights: MapHandle,
     programs: Vec<OwnedFd>,
     volumes: Vec<Side>,
@@ -323,7 +349,8 @@ impl Capture {
     /// 1. Not even a hole found room: anywhere.
     /// 2. Both copies were skipped at least once, somewhere on this host: anywhere.
     /// 3. The kernel's account of the disk is ahead of what either copy saw: a completion went by without its programs; it is
-    ///    one of those in the in-flight table (or has left it with a hole, see `flight.bpf.h`).
+    ///    one of those in the in-flight table (or has left it with a hole, see `flight.bpf.h`). Anywhere, if writes were not
+    ///    all entered there.
     pub fn missed(&mut self) -> Res<Vec<(usize, Missed)>> {
         let misses = self.misses_now()?;
         // Against the look before the last: a request may be skipped by copy a before one look and by copy b after it (it has
@@ -337,12 +364,13 @@ impl Capture {
         for index in 0..self.volumes.len() {
             let lost_now = share_in(&self.shares, self.volumes[index].slot)[3].load(Ordering::Acquire);
             let unseen = self.unseen(index)?;
+            let entered = unseen == 0 || self.entries(index)? == self.volumes[index].entries;
             let side = &mut self.volumes[index];
             let unrecorded = lost_now != side.lost;
             side.lost = lost_now;
             side.answered += unseen;
-            if unrecorded || skipped {
-                tracing::debug!(volume = %side.id, unrecorded, skipped, "capture missed something");
+            if unrecorded || skipped || !entered {
+                tracing::debug!(volume = %side.id, unrecorded, skipped, entered, "capture missed something");
                 missed.push((index, Missed::Anywhere));
             } else if unseen > 0 {
                 let sectors =
@@ -353,6 +381,11 @@ impl Capture {
             }
         }
         Ok(missed)
+    }
+
+    /// What the in-flight table lacks of a volume's writes.
+    fn entries(&self, index: usize) -> Res<Entries> {
+        Ok(Entries { untracked: untracked_in(&self.counters, self.volumes[index].slot), misses: misses_of(&self.enters)? })
     }
 
     /// Ranges of a volume that were submitted and not seen to complete: what a read finds there may be old or new.
@@ -391,10 +424,14 @@ impl Capture {
     fn misses_now(&self) -> Res<[u64; 2]> {
         let mut misses = [0; 2];
         for (miss, program) in misses.iter_mut().zip(&self.programs) {
-            let path = format!("/proc/self/fdinfo/{}", program.as_raw_fd());
-            let text = fs::read_to_string(&path).map_err(|e| Fault::io(path.as_str(), &e))?;
-            *miss = misses_in(&text).unwrap_or(0);
+            *miss = misses_of(program)?;
         }
         Ok(misses)
     }
+}
+
+fn misses_of(program: &OwnedFd) -> Res<u64> {
+    let path = format!("/proc/self/fdinfo/{}", program.as_raw_fd());
+    let text = fs::read_to_string(&path).map_err(|e| Fault::io(path.as_str(), &e))?;
+    Ok(misses_in(&text).unwrap_or(0))
 }

@@ -6,6 +6,7 @@
 //! whole. The pinned link is the only thing that keeps a program attached: no descriptor of the agent does.
 
 use crate::model::{Code, Fault, Res};
+use crate::tracker::capture::Plant;
 use crate::tracker::halves::{Shape, Words};
 use crate::tracker::leaves::{INBOX_WORDS, Leaves, most_leaves};
 use crate::tracker::notes::{HostNote, NOTE_BYTES, PROGRAMS, Record};
@@ -157,8 +158,8 @@ fn object_hash() -> u64 {
 
 impl Kernel {
     /// Finds the pins under `pin_dir` whole, or takes down what is there and makes them.
-    /// New ones have room for `leaves` leaves; as many as the machine's memory allows when it is `None`.
-    pub(super) fn open(pin_dir: &Path, leaves: Option<u32>) -> Res<Kernel> {
+    /// New ones have room for `leaves` leaves; as many as the machine's memory allows when it is `None`. `plant`: see `Tracker::open_planted`.
+    pub(super) fn open(pin_dir: &Path, leaves: Option<u32>, plant: Plant) -> Res<Kernel> {
         if !Path::new("/sys/kernel/btf/vmlinux").exists() {
             let next = "use a kernel built with CONFIG_DEBUG_INFO_BTF (every current distribution's is)";
             return Err(Fault::new(
@@ -188,7 +189,7 @@ impl Kernel {
                 }
             }
         }
-        make(&dir, leaves.unwrap_or_else(|| most_leaves(memory_bytes())))?;
+        make(&dir, leaves.unwrap_or_else(|| most_leaves(memory_bytes())), plant)?;
         Kernel::found(&dir)
     }
 
@@ -296,6 +297,14 @@ impl Kernel {
         };
         Ok((open("shares", MAX_VOLUMES as usize * SHARE_WORDS)?, open("flights", FLIGHT_WORDS)?))
     }
+    /// The counters and the program that enters writes into the in-flight table, for the same.
+    pub(super) fn entries_again(&self) -> Res<(Words, OwnedFd)> {
+        let path = self.dir.join("counters");
+        let map = MapHandle::from_pinned_path(&path).map_err(|e| fault_of(&format!("pinned map {}", path.display()), &e))?;
+        let counters = map_words(&map, u64::from(map.max_entries()) * COUNTER_WORDS as u64)?;
+        let program = self.attached[0].program.try_clone().map_err(|e| Fault::io("a program's descriptor", &e))?;
+        Ok((counters, program))
+    }
     /// Updates the spare element of the array of maps, which makes the kernel wait for running programs.
     pub(super) fn touch_spare(&self) -> libbpf_rs::Result<()> {
         self.bits.update(&SPARE_SLOT.to_ne_bytes(), &self.spare.as_fd().as_raw_fd().to_ne_bytes(), MapFlags::ANY)
@@ -358,9 +367,7 @@ impl Kernel {
     }
     /// The counters of a slot and a program, one `struct counters` for each CPU.
     fn counters_of(&self, slot: u32, program: usize) -> impl Iterator<Item = &[AtomicU64]> {
-        let per_cpu = MAX_VOLUMES as usize * PROGRAMS;
-        let own = slot as usize * PROGRAMS + program;
-        self.counters.all().chunks_exact(COUNTER_WORDS).skip(own).step_by(per_cpu)
+        counters_in(&self.counters, slot, program)
     }
     /// The pinned map of a slot; an error when it is not there or has another length than `shape`.
     pub(super) fn found_bits(&self, slot: u32, shape: Shape) -> Res<Words> {
@@ -442,6 +449,17 @@ pub(super) fn share_in(shares: &Words, slot: u32) -> &[AtomicU64] {
     &shares.all()[slot as usize * SHARE_WORDS..(slot as usize + 1) * SHARE_WORDS]
 }
 
+/// Writes of a volume that found no place in the in-flight table; only the first program enters any.
+pub(super) fn untracked_in(counters: &Words, slot: u32) -> u64 {
+    counters_in(counters, slot, 0).map(|cpu| cpu[4].load(Ordering::Acquire)).sum()
+}
+
+/// The counters of a slot and a program in a mapping of all, one `struct counters` for each CPU.
+fn counters_in(counters: &Words, slot: u32, program: usize) -> impl Iterator<Item = &[AtomicU64]> {
+    let (own, per_cpu) = (slot as usize * PROGRAMS + program, MAX_VOLUMES as usize * PROGRAMS);
+    counters.all().chunks_exact(COUNTER_WORDS).skip(own).step_by(per_cpu)
+}
+
 /// The entries of a volume in the in-flight table. One that is being written belongs to a write that has not even begun.
 pub(super) fn flights_in(table: &[AtomicU64], slot: u32) -> Vec<Flight> {
     let halves = |word: u64| (word as u32, (word >> 32) as u32);
@@ -467,7 +485,7 @@ pub(super) fn flights_in(table: &[AtomicU64], slot: u32) -> Vec<Flight> {
 /// 3. The host note is written.
 ///
 /// A death before 3 leaves pins that [`Kernel::found`] refuses and the next start takes down; no volume is tracked before 3.
-fn make(dir: &Path, most: u32) -> Res<()> {
+fn make(dir: &Path, most: u32, plant: Plant) -> Res<()> {
     fs::create_dir(dir).map_err(|e| Fault::io(dir.display().to_string(), &e))?;
     let load = || -> libbpf_rs::Result<()> {
         let mut open = ObjectBuilder::default().name("doublure")?.open_memory(OBJECT)?;
@@ -476,6 +494,8 @@ fn make(dir: &Path, most: u32) -> Res<()> {
                 map.set_max_entries(libbpf_rs::num_possible_cpus()? as u32 * MAX_VOLUMES * PROGRAMS as u32)?;
             } else if map.name() == "leaves" {
                 map.set_max_entries(most)?;
+            } else if map.name().to_string_lossy().ends_with(".rodata.fault") {
+                map.set_initial_value(&(plant as u32).to_ne_bytes())?;
             }
         }
         let mut object = open.load()?;

@@ -93,17 +93,27 @@ impl Tracker {
     /// Opens the pinned programs and maps under `pin_dir` (on bpffs, mounted if it is not), or loads and pins them.
     /// Errors: `KERNEL_UNSUPPORTED` (no BTF, no BPF, no tracepoint; names which).
     pub fn open(pin_dir: &Path) -> Res<Tracker> {
-        Tracker::open_with(pin_dir, None)
+        Tracker::open_made(pin_dir, None, Plant::Nothing)
     }
 
     /// As [`Tracker::open`], with room for so many leaves (see `leaves`) if programs are loaded. For tests.
     #[doc(hidden)]
     pub fn open_with(pin_dir: &Path, leaves: Option<u32>) -> Res<Tracker> {
+        Tracker::open_made(pin_dir, leaves, Plant::Nothing)
+    }
+
+    /// As [`Tracker::open`], with a fault planted into the programs that it loads and into those that the next
+    /// [`Tracker::prepare_capture`] loads, which then leaves out the proof that would find it. For tests.
+    #[doc(hidden)]
+    pub fn open_planted(pin_dir: &Path, plant: Plant) -> Res<Tracker> {
+        Tracker::open_made(pin_dir, None, plant)
+    }
+
+    fn open_made(pin_dir: &Path, leaves: Option<u32>, plant: Plant) -> Res<Tracker> {
         sysfs::allow_many_files();
-        let kernel = Kernel::open(pin_dir, leaves)?;
+        let kernel = Kernel::open(pin_dir, leaves, plant)?;
         let untried = Fault::new(Code::KernelUnsupported, "capture", "it was not asked for yet", "restart the agent");
-        let mut tracker =
-            Tracker { kernel, groups: BTreeMap::new(), volumes: BTreeMap::new(), capturer: Err(untried), plant: Plant::Nothing };
+        let mut tracker = Tracker { kernel, groups: BTreeMap::new(), volumes: BTreeMap::new(), capturer: Err(untried), plant };
         // A previous life may have died between the store of a phase and its grace period.
         tracker.grace_period()?;
         for slot in 0..MAX_VOLUMES {
@@ -158,13 +168,6 @@ impl Tracker {
         self.capturer.as_ref().err()
     }
 
-    /// Plants a fault into the programs that the next [`Tracker::prepare_capture`] loads, and leaves out the proof, which would find
-    /// it. For tests.
-    #[doc(hidden)]
-    pub fn plant(&mut self, plant: Plant) {
-        self.plant = plant;
-    }
-
     /// Begins to capture: a ring for the group, then a flip whose one store also turns capture on. Every write that completes after
     /// this call returns has a record; every one that completed before the store has its bit in the taken half or is held.
     /// `volumes`: all of the group; their place here is their index in what [`Capture`] says. `ring_bytes`: a power of two. Errors: `GROUP_UNKNOWN`, the reason of
@@ -173,10 +176,12 @@ impl Tracker {
         let slot = self.group_slot(group)?;
         self.end_capture(slot)?;
         let capturer = self.capturer.as_ref().map_err(Clone::clone)?;
+        let misses = self.group_note(slot)?.misses[0];
         let mut sides = Vec::new();
         for id in volumes {
             let volume = self.volume(*id)?;
-            sides.push((*id, volume.slot, Disk::find(volume.note.identity.major, volume.note.identity.minor)?));
+            let entries = capture::Entries { untracked: volume.note.counts.untracked, misses };
+            sides.push((*id, volume.slot, Disk::find(volume.note.identity.major, volume.note.identity.minor)?, entries));
         }
         let capture = capturer.begin(&self.kernel, slot, sides, ring_bytes)?;
         self.kernel.set_phase(slot, self.kernel.phase(slot), false);
@@ -311,6 +316,17 @@ impl Tracker {
     #[doc(hidden)]
     pub fn memory_bytes(&self, volume: VolumeId) -> Res<(u64, u64)> {
         self.kernel.memory_of(self.volume(volume)?.slot)
+    }
+
+    /// Flips with capture off, and turns it on again after a pause: what two separate stores would do. For tests.
+    #[doc(hidden)]
+    pub fn flip_in_two_stores(&mut self, group: GroupId, pause: Duration) -> Res<()> {
+        let slot = self.group_slot(group)?;
+        let captures = self.kernel.captures(slot);
+        self.flip_steps(&[group], 4, Some(false))?;
+        std::thread::sleep(pause);
+        self.kernel.set_phase(slot, self.kernel.phase(slot), captures);
+        Ok(())
     }
 
     /// The blocks taken by the last flip. Error: `VOLUME_UNKNOWN`.

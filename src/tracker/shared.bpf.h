@@ -33,9 +33,11 @@ static void (*bpf_ringbuf_discard_dynptr)(struct bpf_dynptr *to, u64 flags) = (v
 static void *(*bpf_dynptr_data)(const struct bpf_dynptr *of, u32 offset, u32 bytes) = (void *)203;
 
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+struct block_device;
 struct gendisk {
 	int major;
 	int first_minor;
+	struct block_device *part0;
 	u64 diskseq;
 };
 struct block_device {
@@ -132,6 +134,17 @@ struct flight {
 	u32 slot;
 };
 enum { KIND_DATA = 1, KIND_ZERO = 2, KIND_HOLE = 3 };
+// Faults planted by tests, `Plant` in capture.rs: constants for the verifier, so that they cost nothing.
+enum {
+	PLANT_NEXT_PAGE = 1,
+	PLANT_LOSE_HOLE,
+	PLANT_LOSE_DATA,
+	PLANT_NO_ROOM,
+	PLANT_UNSEEN,
+	PLANT_OWN_DEVICE,
+	PLANT_SUBMIT_ONLY,
+	PLANT_UNSEEN_AND_NOT_ENTERED,
+};
 enum { FLIGHT_WAYS = 8, FLIGHT_SETS = 4096, FLIGHT_BUSY = 1 };
 // Of one program copy and volume, per CPU.
 struct sight {
@@ -190,6 +203,17 @@ static inline_always struct volume *find(struct gendisk *disk)
 	u32 dev = (u32)disk->major << 20 | (u32)disk->first_minor;
 
 	return bpf_map_lookup_elem(&volumes, &dev);
+}
+
+// Of a planted fault: the same requests for every program, one in 64.
+static inline_always int picked(u64 sector)
+{
+	return sector * 0x9e3779b97f4a7c15ULL >> 58 == 7;
+}
+
+static inline_always int unseen(u32 plant, u64 sector)
+{
+	return (plant == PLANT_UNSEEN || plant == PLANT_UNSEEN_AND_NOT_ENTERED) && picked(sector);
 }
 
 static inline_always int known(u32 op)

@@ -50,13 +50,26 @@ impl Drop for Pins {
 pub struct Loop {
     dir: tempfile::TempDir,
     path: PathBuf,
+    options: &'static [&'static str],
 }
 
 impl Loop {
     pub fn new(bytes: u64) -> Loop {
-        let dir = tempfile::Builder::new().prefix("doublure-tracker").tempdir_in("/var/tmp").unwrap();
+        Loop::on(Path::new("/var/tmp"), bytes, &["--direct-io=on"])
+    }
+    /// Its file below `place`, attached with these options of losetup.
+    pub fn on(place: &Path, bytes: u64, options: &'static [&'static str]) -> Loop {
+        let dir = tempfile::Builder::new().prefix("doublure-capture").tempdir_in(place).unwrap();
         File::create(dir.path().join("image")).unwrap().set_len(bytes).unwrap();
-        let mut made = Loop { dir, path: PathBuf::new() };
+        let mut made = Loop { dir, path: PathBuf::new(), options };
+        made.attach();
+        made
+    }
+    /// Over a file that is there already.
+    pub fn of(file: &Path) -> Loop {
+        let dir = tempfile::Builder::new().prefix("doublure-capture").tempdir_in(file.parent().unwrap()).unwrap();
+        fs::rename(file, dir.path().join("image")).unwrap();
+        let mut made = Loop { dir, path: PathBuf::new(), options: &[] };
         made.attach();
         made
     }
@@ -65,7 +78,11 @@ impl Loop {
     }
     pub fn attach(&mut self) {
         let image = self.image();
-        self.path = run("losetup", &["--find", "--show", "--direct-io=on", image.to_str().unwrap()]).trim().into();
+        let arguments = [&["--find", "--show"], self.options, &[image.to_str().unwrap()]].concat();
+        self.path = run("losetup", &arguments).trim().into();
+    }
+    pub fn path(&self) -> &Path {
+        &self.path
     }
     pub fn name(&self) -> String {
         self.path.file_name().unwrap().to_string_lossy().into_owned()
@@ -117,7 +134,7 @@ impl Mounted {
         // Without discarding everything first: a test that expects some blocks must not find all.
         let options: &[&str] = if kind == "xfs" { &["-q", "-f", "-K", path] } else { &["-q", "-F", "-E", "nodiscard", path] };
         run(&format!("mkfs.{kind}"), options);
-        let dir = tempfile::Builder::new().prefix("doublure-mount").tempdir_in("/var/tmp").unwrap();
+        let dir = tempfile::Builder::new().prefix("doublure-capture-mnt").tempdir_in("/var/tmp").unwrap();
         run("mount", &[path, dir.path().to_str().unwrap()]);
         Mounted { dir }
     }
