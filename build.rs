@@ -32,9 +32,10 @@ fn main() {
         match built {
             Ok(status) if status.success() => {}
             Ok(status) => give_up(&source, &format!("{clang} failed ({status}); its words stand above")),
-            Err(error) => {
-                give_up(&source, &format!("{clang} cannot be run ({error}); install clang (12 or later) or set CLANG to its path"))
-            }
+            Err(error) => give_up(
+                &source,
+                &format!("{clang} cannot be run ({error}); install clang (12 or later) or set CLANG to its path"),
+            ),
         }
     }
 }

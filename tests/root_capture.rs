@@ -32,11 +32,12 @@ fn a_write_is_captured_with_its_bytes_and_refusals_have_reasons() {
     direct.write_all_at(&memory[..], 32 << 20).unwrap();
     let mut records: Vec<Captured> = Vec::new();
     let to = capture.produced();
-    capture.walk(to, &mut |volume, record| {
-        assert_eq!(volume, 0);
-        records.push(record);
-    })
-    .unwrap();
+    capture
+        .walk(to, &mut |volume, record| {
+            assert_eq!(volume, 0);
+            records.push(record);
+        })
+        .unwrap();
     assert!(records.len() >= 3, "{records:?}");
     let What::Data(at) = records[0].what else { panic!("{records:?}") };
     assert_eq!((records[0].offset_bytes, records[0].len_bytes), (8192 + 512, 1536));

@@ -13,7 +13,7 @@ use doublure::cut::{Change, Limits, Source, Step, Stream, StreamCounts, StreamPl
 use doublure::device::{DeviceFile, Engine, engine};
 use doublure::model::{BLOCK_BYTES, BlockRun, BlockSet, Digest, EngineKind, Position, Receipt, Res, Uuid};
 use doublure::tracker::{Base, Tracker};
-use rig::{Loop, Mounted, Pins, run};
+use rig::{Loop, Pins, run};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -34,7 +34,7 @@ const VOLUME_BYTES: u64 = 1024 * MIB;
 const RING_BYTES: u32 = 4 << 20;
 const CUT_MAX_BYTES: u64 = 3 << 20;
 /// How many states are started at the same time.
-const CHECKERS: usize = 2;
+const CHECKERS: usize = 4;
 
 fn now_ns() -> u64 {
     let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).unwrap();
@@ -105,7 +105,10 @@ fn judge(log: &Log, found: &BTreeMap<String, u64>, t_low: u64, t_high: u64) -> V
         let lost: Vec<_> = rows.iter().skip(found).take_while(|row| row.acknowledged < latest.0).collect();
         if let Some(first) = lost.first() {
             let (before, what) = (latest.0 - first.acknowledged, &latest.1);
-            wrong.push(format!("{writer}: {} rows after {found} are lost, the first acknowledged {before} ns before {what}", lost.len()));
+            wrong.push(format!(
+                "{writer}: {} rows after {found} are lost, the first acknowledged {before} ns before {what}",
+                lost.len()
+            ));
         }
     }
     wrong
@@ -113,7 +116,9 @@ fn judge(log: &Log, found: &BTreeMap<String, u64>, t_low: u64, t_high: u64) -> V
 
 #[test]
 fn the_judge_sees_what_is_lost_early_or_out_of_order() {
-    let rows = |times: &[(u64, u64)]| times.iter().map(|(sent, acknowledged)| Row { sent: *sent, acknowledged: *acknowledged }).collect();
+    let rows = |times: &[(u64, u64)]| {
+        times.iter().map(|(sent, acknowledged)| Row { sent: *sent, acknowledged: *acknowledged }).collect()
+    };
     let log: Log = [("a".into(), rows(&[(10, 20), (30, 40), (50, 60)])), ("b".into(), rows(&[(22, 32), (42, 52)]))].into();
     let found = |a, b| BTreeMap::from([("a".to_string(), a), ("b".to_string(), b)]);
     let wrong = |a, b, low, high| judge(&log, &found(a, b), low, high).len();
@@ -137,7 +142,19 @@ struct World {
 impl World {
     fn start(arguments: &[&str]) -> World {
         let mut child = Command::new("unshare")
-            .args(["--mount", "--pid", "--ipc", "--net", "--fork", "--kill-child=SIGKILL", "--mount-proc", "--", PYTHON, "-B", SCRIPT])
+            .args([
+                "--mount",
+                "--pid",
+                "--ipc",
+                "--net",
+                "--fork",
+                "--kill-child=SIGKILL",
+                "--mount-proc",
+                "--",
+                PYTHON,
+                "-B",
+                SCRIPT,
+            ])
             .args(arguments)
             .env("LC_ALL", "C.UTF-8")
             .stdin(Stdio::piped())
@@ -178,10 +195,29 @@ impl Drop for World {
 
 // ---- the stage -----------------------------------------------------------------------------------------------------
 
+/// A mounted file system that clones files.
+struct Below(PathBuf);
+
+impl Below {
+    fn new(disk: &Loop, at: PathBuf) -> Below {
+        run("mkfs.xfs", &["-q", "-m", "reflink=1", &path_of(disk)]);
+        std::fs::create_dir(&at).unwrap();
+        run("mount", &[&path_of(disk), at.to_str().unwrap()]);
+        Below(at)
+    }
+}
+
+impl Drop for Below {
+    fn drop(&mut self) {
+        // Lazily: a loop device that was told to go may need a moment.
+        let _gone = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
 /// Fields go in this order: whoever uses something goes before it.
 struct Stage {
     /// The copies and their clones lie here.
-    below: Mounted,
+    below: Below,
     _disk: Loop,
     volumes: [Loop; 2],
     pins: Pins,
@@ -198,7 +234,7 @@ impl Stage {
         run("mkfs.ext4", &["-q", "-E", "nodiscard", &path_of(&volumes[0])]);
         run("mkfs.xfs", &["-q", "-K", &path_of(&volumes[1])]);
         let disk = Loop::new(24 << 30);
-        let below = Mounted::new(&disk, "xfs");
+        let below = Below::new(&disk, dir.path().join("below"));
         Stage { below, _disk: disk, volumes, pins: Pins::new(name), dir }
     }
     fn root(&self) -> String {
@@ -208,7 +244,7 @@ impl Stage {
         self.dir.path().join("acknowledged")
     }
     fn copy(&self, volume: usize) -> PathBuf {
-        self.below.path().join(VOLUMES[volume].1)
+        self.below.0.join(VOLUMES[volume].1)
     }
     fn load(&self, seed: u64) -> World {
         let [first, second] = [0, 1].map(|volume| path_of(&self.volumes[volume]));
@@ -498,12 +534,16 @@ fn every_cut_is_a_state_that_databases_start_from() {
             harvest.counts.captured_bytes / MIB,
             began.elapsed().as_secs_f64(),
         );
-        let wrong: Vec<_> = checked.iter().filter(|(_, found)| !found.wrong.is_empty()).map(|(g, found)| (g, &found.wrong)).collect();
+        let wrong: Vec<_> =
+            checked.iter().filter(|(_, found)| !found.wrong.is_empty()).map(|(g, found)| (g, &found.wrong)).collect();
         assert!(wrong.is_empty(), "{wrong:#?}");
         assert!(harvest.equal, "the copies differ from the volumes after the end");
         assert_eq!(recovery.len(), 50);
         assert!(rows.iter().max() > rows.iter().min(), "nothing was written");
-        assert!(harvest.holes > 0 && harvest.rounds > 0 && harvest.flips > 1, "nothing was missing from the ring: it is too large for this load");
+        assert!(
+            harvest.holes > 0 && harvest.rounds > 0 && harvest.flips > 1,
+            "nothing was missing from the ring: it is too large for this load"
+        );
     }
 }
 

@@ -1,7 +1,7 @@
 //! The keys of the file, one line each: name, how it is read, its limits, its default.
 
-use crate::config::{Mode, Settings};
 use crate::config::units::{parse_duration, parse_size};
+use crate::config::{Mode, Settings};
 use crate::model::{Code, EngineKind, Fault, Res, check_name};
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;

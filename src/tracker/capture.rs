@@ -5,10 +5,10 @@
 //! reading what the bitmap names.
 
 use crate::model::{ByteRun, Code, Fault, Res, VolumeId};
+use crate::tracker::halves::Words;
 use crate::tracker::kernel::{Kernel, fault_of, flights_in, misses_in, share_in};
 use crate::tracker::ring::{Captured, Ring, What};
 use crate::tracker::sysfs::Disk;
-use crate::tracker::halves::Words;
 use libbpf_rs::{Link, MapCore, MapFlags, MapHandle, Object, ObjectBuilder, OpenObject};
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -125,7 +125,8 @@ impl Calibration {
     }
     /// What was found, once the write has ended.
     pub(super) fn layout(&self) -> Res<Layout> {
-        let found = self.object.maps().find(|map| map.name() == "calibrations").map(|map| map.lookup(&0u32.to_ne_bytes(), MapFlags::ANY));
+        let found =
+            self.object.maps().find(|map| map.name() == "calibrations").map(|map| map.lookup(&0u32.to_ne_bytes(), MapFlags::ANY));
         let Some(Ok(Some(value))) = found else { return Err(Fault::internal("calibration", "its map cannot be read")) };
         let long = |at: usize| u64::from_ne_bytes(std::array::from_fn(|i| value[at + i]));
         match value.get(4..8) {
@@ -287,7 +288,9 @@ impl Capture {
         })?;
         *walked = to;
         match strange {
-            Some(slot) => Err(Fault::internal("the capture ring", format!("a record of slot {slot}, which is not of this group"))),
+            Some(slot) => {
+                Err(Fault::internal("the capture ring", format!("a record of slot {slot}, which is not of this group")))
+            }
             None => Ok(()),
         }
     }
@@ -332,10 +335,8 @@ impl Capture {
                 tracing::debug!(volume = %side.id, unrecorded, skipped, "capture missed something");
                 missed.push((index, Missed::Anywhere));
             } else if unseen > 0 {
-                let sectors = |flight: &crate::tracker::kernel::Flight| ByteRun {
-                    offset: flight.sector << 9,
-                    len: flight.sectors << 9,
-                };
+                let sectors =
+                    |flight: &crate::tracker::kernel::Flight| ByteRun { offset: flight.sector << 9, len: flight.sectors << 9 };
                 let ranges: Vec<ByteRun> = flights_in(self.flights.all(), side.slot).iter().map(sectors).collect();
                 tracing::info!(volume = %side.id, sectors = unseen, ranges = ranges.len(), "completions were not seen: their blocks are read");
                 missed.push((index, Missed::Ranges(ranges)));

@@ -430,9 +430,9 @@ impl Tracker {
 /// Error: `IDENTITY_CHANGED` when it is gone.
 pub fn capture_excluded(device: &DeviceIdentity) -> Res<Option<String>> {
     let disk = Disk::find(device.major, device.minor)?;
-    Ok(disk.has_atomic_writes().then(|| {
-        format!("{} takes atomic writes, of which a read beside them may see a part", disk.device())
-    }))
+    Ok(disk
+        .has_atomic_writes()
+        .then(|| format!("{} takes atomic writes, of which a read beside them may see a part", disk.device())))
 }
 
 impl Tracker {

@@ -55,10 +55,8 @@ pub(super) struct Ring {
 impl Ring {
     /// A new ring of `size_bytes` (a power of two, at least a page).
     pub(super) fn new(size_bytes: u32) -> Res<Ring> {
-        let opts = bpf_map_create_opts {
-            sz: size_of::<bpf_map_create_opts>() as libbpf_rs::libbpf_sys::size_t,
-            ..Default::default()
-        };
+        let opts =
+            bpf_map_create_opts { sz: size_of::<bpf_map_create_opts>() as libbpf_rs::libbpf_sys::size_t, ..Default::default() };
         let thing = format!("a capture ring of {size_bytes} bytes");
         let map = MapHandle::create(MapType::RingBuf, Some("doublure_ring"), 0, 0, size_bytes, &opts);
         let map = map.map_err(|e| fault_of(&thing, &e))?;
@@ -71,10 +69,8 @@ impl Ring {
         let consumer = unsafe { MmapOptions::new().len(page_bytes).map_mut(fd) }.map_err(io)?;
         // SAFETY: behind it come the producers' page and the data, twice; programs write there, and we read a record only
         // after its busy bit was seen cleared with acquire order, until it is released.
-        let rest = unsafe {
-            MmapOptions::new().offset(page_bytes as u64).len(page_bytes + 2 * size_bytes as usize).map(fd)
-        }
-        .map_err(io)?;
+        let rest = unsafe { MmapOptions::new().offset(page_bytes as u64).len(page_bytes + 2 * size_bytes as usize).map(fd) }
+            .map_err(io)?;
         Ok(Ring { map, consumer, rest, page_bytes, size_bytes: u64::from(size_bytes) })
     }
     /// The map, to be given to the programs.

@@ -207,7 +207,12 @@ fn frame_of(page: &MmapMut) -> Res<u64> {
     File::open(path).and_then(|map| map.read_exact_at(&mut entry, at)).map_err(|e| Fault::io(path, &e))?;
     // Bits 0 to 54; zero for whoever may not see them.
     match u64::from_ne_bytes(entry) & ((1 << 55) - 1) {
-        0 => Err(Fault::new(Code::KernelUnsupported, path, "it does not show frame numbers", "cuts are made with a freeze instead")),
+        0 => Err(Fault::new(
+            Code::KernelUnsupported,
+            path,
+            "it does not show frame numbers",
+            "cuts are made with a freeze instead",
+        )),
         frame => Ok(frame),
     }
 }
@@ -218,9 +223,7 @@ pub(super) fn prove_capture(tracker: &mut Tracker, dir: &Path) -> Res<()> {
     let mut short = None;
     for _ in 0..TRIES {
         let scratch = Scratch::attach(dir)?;
-        let outcome = tracker
-            .track(SCRATCH, SCRATCH, &scratch.identity()?)
-            .and_then(|_| prove_once(tracker, &scratch));
+        let outcome = tracker.track(SCRATCH, SCRATCH, &scratch.identity()?).and_then(|_| prove_once(tracker, &scratch));
         tracker.stop_capture(SCRATCH)?;
         tracker.untrack(SCRATCH)?;
         match outcome? {
@@ -255,10 +258,14 @@ fn prove_once(tracker: &mut Tracker, scratch: &Scratch) -> Res<Option<String>> {
         let What::Data(position) = record.what else { continue };
         copied.insert(BlockRun { start: first, count: end - first });
         let held = &mut held[..record.len_bytes as usize];
-        let read = OpenOptions::new().read(true).open(format!("/dev/{}", scratch.name)).and_then(|f| f.read_exact_at(held, run.offset));
+        let read =
+            OpenOptions::new().read(true).open(format!("/dev/{}", scratch.name)).and_then(|f| f.read_exact_at(held, run.offset));
         read.map_err(|e| Fault::io("reading the self-test's device", &e))?;
         if capture.bytes(position, held.len()) != &*held {
-            return Err(wrong_capture(format!("what was captured of {} bytes at {} is not what was written", run.len, run.offset)));
+            return Err(wrong_capture(format!(
+                "what was captured of {} bytes at {} is not what was written",
+                run.len, run.offset
+            )));
         }
     }
     for write in &expected {

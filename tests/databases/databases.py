@@ -58,6 +58,7 @@ autovacuum_naptime = 5s
 SQLITE = {"first": "a", "second": "b", "wide": "b"}
 SQLITE_PAGES = 1500
 START_SECONDS = 180
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def run(*argv):
@@ -106,7 +107,7 @@ def world(root):
 
 
 def in_root(root, *argv):
-    return ["chroot", root, "setpriv", "--reuid=postgres", "--regid=postgres", "--init-groups", *argv]
+    return ["/usr/sbin/chroot", root, "setpriv", "--reuid=postgres", "--regid=postgres", "--init-groups", *argv]
 
 
 def program(root, name):
@@ -117,7 +118,7 @@ def program(root, name):
 def start(root, log):
     with open(log, "ab") as out:
         return subprocess.Popen(in_root(root, program(root, "postgres"), "-D", "/vol/a/pgdata"), stdin=subprocess.DEVNULL, stdout=out,
-                                stderr=out, cwd="/", env={"LC_ALL": "C.UTF-8", "PATH": "/usr/bin:/bin"})
+                                stderr=out, cwd="/", env={"LC_ALL": "C.UTF-8", "PATH": PATH})
 
 
 def connect(root, postmaster, seconds=START_SECONDS):
@@ -239,7 +240,7 @@ def load(root, first, second, acks, seed):
     run("mount", "-t", "xfs", second, f"{root}/vol/b")
     for volume, name in (("a", "pgdata"), ("b", "pg_wal")):
         os.mkdir(f"{root}/vol/{volume}/{name}", 0o700)
-        run("chroot", root, "chown", "postgres:postgres", f"/vol/{volume}/{name}")
+        run("/usr/sbin/chroot", root, "chown", "postgres:postgres", f"/vol/{volume}/{name}")
     run(*in_root(root, program(root, "initdb"), "-D", "/vol/a/pgdata", "--waldir=/vol/b/pg_wal", "-U", "postgres", "--data-checksums",
                  "--encoding=UTF8", "--locale=C.UTF-8", "--auth=trust", "--no-sync"))
     with open(f"{root}/vol/a/pgdata/postgresql.conf", "a", encoding="ascii") as conf:
@@ -317,7 +318,7 @@ class State:
                 self.wrong.append(f"half a transaction: {accounts} accounts with {balance} in all, touched {touched} times by {rows} rows")
             if sampled:
                 done = subprocess.run(in_root(root, program(root, "pg_amcheck"), "--host=/run", "--username=postgres", "--all", "--install-missing",
-                                              "--heapallindexed", "--parent-check"), capture_output=True, text=True, env={"LC_ALL": "C.UTF-8"})
+                                              "--heapallindexed", "--parent-check"), capture_output=True, text=True, env={"LC_ALL": "C.UTF-8", "PATH": PATH})
                 if done.returncode != 0 or done.stdout.strip():
                     self.wrong.append(f"pg_amcheck: {(done.stdout + done.stderr).strip()[:1000]}")
         except (RuntimeError, OSError, pgclient.ServerError) as error:
@@ -370,6 +371,7 @@ def state(root, first, second, sampled):
 
 
 def main():
+    os.environ["PATH"] = PATH
     verb, *arguments = sys.argv[1:] or [""]
     if verb == "root" and len(arguments) == 1:
         unpack(*arguments)
