@@ -29,10 +29,12 @@ const GROUP: Uuid = Uuid(*b"databases group.");
 const VOLUMES: [(Uuid, &str); 2] = [(Uuid(*b"databases data.."), "data"), (Uuid(*b"databases log..."), "log")];
 const PYTHON: &str = "/usr/bin/python3";
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/databases/databases.py");
-const VOLUME_BYTES: u64 = 1024 * MIB;
+const VOLUME_BYTES: u64 = 512 * MIB;
 /// Small: a checkpoint of the database alone fills it.
 const RING_BYTES: u32 = 4 << 20;
 const CUT_MAX_BYTES: u64 = 3 << 20;
+/// How many states are taken in one run of the load.
+const STATES: usize = 50;
 /// How many states are started at the same time.
 const CHECKERS: usize = 4;
 
@@ -101,7 +103,7 @@ fn judge(log: &Log, found: &BTreeMap<String, u64>, t_low: u64, t_high: u64) -> V
         }
     }
     for (writer, rows) in log {
-        let found = found.get(writer).map_or(0, |found| *found as usize);
+        let Some(found) = found.get(writer).map(|found| *found as usize) else { continue };
         let lost: Vec<_> = rows.iter().skip(found).take_while(|row| row.acknowledged < latest.0).collect();
         if let Some(first) = lost.first() {
             let (before, what) = (latest.0 - first.acknowledged, &latest.1);
@@ -498,7 +500,7 @@ fn every_cut_is_a_state_that_databases_start_from() {
     let turns = if std::env::var_os("DOUBLURE_LONG").is_some() { 10 } else { 1 };
     for turn in 1..=turns {
         let stage = Stage::new("databases");
-        let harvest = harvest(&stage, 50, 700, StreamPlant::Nothing, &mut dice);
+        let harvest = harvest(&stage, STATES, 500, StreamPlant::Nothing, &mut dice);
         let (next, began) = (AtomicUsize::new(0), Instant::now());
         let checked = Mutex::new(Vec::new());
         std::thread::scope(|scope| {
@@ -538,7 +540,7 @@ fn every_cut_is_a_state_that_databases_start_from() {
             checked.iter().filter(|(_, found)| !found.wrong.is_empty()).map(|(g, found)| (g, &found.wrong)).collect();
         assert!(wrong.is_empty(), "{wrong:#?}");
         assert!(harvest.equal, "the copies differ from the volumes after the end");
-        assert_eq!(recovery.len(), 50);
+        assert_eq!(recovery.len(), STATES);
         assert!(rows.iter().max() > rows.iter().min(), "nothing was written");
         assert!(
             harvest.holes > 0 && harvest.rounds > 0 && harvest.flips > 1,
@@ -552,7 +554,7 @@ fn every_cut_is_a_state_that_databases_start_from() {
 fn a_capture_that_drops_records_is_found_out_by_the_databases() {
     let mut dice = seed();
     let stage = Stage::new("databases-plant");
-    let harvest = harvest(&stage, 6, 700, StreamPlant::DropRecords(20), &mut dice);
+    let harvest = harvest(&stage, 6, 500, StreamPlant::DropRecords(20), &mut dice);
     let mut wrong = Vec::new();
     for state in &harvest.states {
         wrong = check(&stage, &harvest.log, state, true).wrong;

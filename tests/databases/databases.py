@@ -253,7 +253,8 @@ def load(root, first, second, acks, seed):
         connection.close()
         sqlites = {name: work.sqlite(name) for name in SQLITE}
         # initdb left its files to this.
-        os.sync()
+        for volume in "ab":
+            run("sync", "--file-system", f"{root}/vol/{volume}")
         print("ready", flush=True)
         for writer in range(WRITERS):
             work.begin(f"writer {writer}", work.postgres, postmaster, writer)
