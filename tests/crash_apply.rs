@@ -1,6 +1,6 @@
 //! Apply against a plain array of bytes, on disks in memory and on files, and with the power cut at every operation.
 
-use doublure::apply::{Applied, apply, apply_together, apply_direct, flush_replicas};
+use doublure::apply::{Applied, apply, apply_direct, apply_together, flush_replicas};
 use doublure::delta::{encode, encode_sectors};
 use doublure::device::double::RamDisk;
 use doublure::device::{DeviceFile, Engine, RUN_BYTES_MAX, engine};

@@ -7,8 +7,8 @@ mod rig;
 mod storm;
 
 use capture::{Field, GROUP, Setting, Tally};
-use doublure::model::{BLOCK_BYTES, Uuid};
 use doublure::cut::StreamPlant;
+use doublure::model::{BLOCK_BYTES, Uuid};
 use doublure::tracker::{Captured, Plant, Tracker, What};
 use rig::{Loop, Pins};
 use std::os::unix::fs::FileExt;

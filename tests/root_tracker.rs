@@ -518,7 +518,10 @@ fn without_completion_programs_the_table_knows_the_write() {
     detach(&pins, &mut tracker, "complete");
     assert_eq!(runs(&round_around_a_hanging_write(&mut tracker, &slow, true)), [(5, 1)]);
     let reasons = reasons(&mut tracker, &slow.upper);
-    assert!(!reasons.contains("in flight over a cut was not seen") && reasons.contains("no program of kind complete"), "{reasons}");
+    assert!(
+        !reasons.contains("in flight over a cut was not seen") && reasons.contains("no program of kind complete"),
+        "{reasons}"
+    );
 }
 
 /// The planted fault: with no place in the table either, the same round loses the write. The kernel's own account tells.

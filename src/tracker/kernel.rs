@@ -31,7 +31,18 @@ pub(super) const MAX_VOLUMES: u32 = 1024;
 const SPARE_SLOT: u32 = MAX_VOLUMES;
 /// Maps that are pinned under their own names.
 const MAPS: [&str; 12] = [
-    "volumes", "groups", "bits", "leaves", "inbox", "counters", "rings", "shares", "flights", "host_note", "group_notes", "volume_notes",
+    "volumes",
+    "groups",
+    "bits",
+    "leaves",
+    "inbox",
+    "counters",
+    "rings",
+    "shares",
+    "flights",
+    "host_note",
+    "group_notes",
+    "volume_notes",
 ];
 /// The program that has no copy and no counters: it only takes refused writes out of the in-flight table.
 const DROP: &str = "drop";

@@ -28,11 +28,16 @@ class ServerError(Exception):
 
 
 class Connection:
-    """One connection, user and database `postgres`."""
+    """One connection, user and database `postgres`. An address that is a path is a Unix socket's; it has no port."""
 
     def __init__(self, address, port, timeout):
-        self.socket = socket.create_connection((address, port), timeout=timeout)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if address.startswith("/"):
+            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.socket.settimeout(timeout)
+            self.socket.connect(address)
+        else:
+            self.socket = socket.create_connection((address, port), timeout=timeout)
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.buffer = b""
         body = struct.pack("!i", 196608) + b"user\0postgres\0database\0postgres\0application_name\0lab\0\0"
         self.socket.sendall(struct.pack("!i", len(body) + 4) + body)
