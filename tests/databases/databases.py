@@ -5,8 +5,9 @@
     databases.py load ROOT A B ACKS SEED       mounts the devices A (ext4) and B (XFS), makes the databases, prints `ready`, writes
                                                until its input ends, leaves all clean; ACKS gets `WRITER N SENT ACKNOWLEDGED`
     databases.py state ROOT A B SAMPLED        mounts the images, starts the databases and prints what they hold, as JSON
+    databases.py same ROOT A B COPY_A COPY_B   mounts all four to be read, and prints what is not the same in their files, as JSON
 
-`load` and `state` run as the first process of mount, pid, IPC and network namespaces of their own: whatever they start or mount goes
+All but `root` run as the first process of mount, pid, IPC and network namespaces of their own: whatever they start or mount goes
 with them. Times are CLOCK_MONOTONIC in nanoseconds. `state` repairs nothing and gives no program an option that would.
 
 PostgreSQL: PGDATA on A, its WAL on B. Each transaction of a writer is a numbered row and a transfer between two accounts.
@@ -371,6 +372,28 @@ def state(root, first, second, sampled):
     print(json.dumps({"wrong": held.wrong, "rows": held.rows, "recovery_ms": held.recovery_ms}))
 
 
+def same(root, first, second, first_copy, second_copy):
+    """Blocks that belong to no file may differ: a page that was changed while it was written, and whose file was gone before it was
+    written again. What is in a file may not."""
+    world(root)
+    wrong = []
+    for kind, options, volume, copy in (("ext4", "ro", first, first_copy), ("xfs", "ro,nouuid", second, second_copy)):
+        try:
+            run("mount", "-t", kind, "-o", options, volume, f"{root}/vol/a")
+            run("mount", "-t", kind, "-o", f"{options},loop", copy, f"{root}/vol/b")
+        except RuntimeError as error:
+            wrong.append(str(error))
+            break
+        done = subprocess.run(["diff", "--recursive", "--brief", "--no-dereference", f"{root}/vol/a", f"{root}/vol/b"], capture_output=True, text=True)
+        wrong += (done.stdout + done.stderr).splitlines()
+        for point in "ba":
+            run("umount", f"{root}/vol/{point}")
+        done = subprocess.run([f"fsck.{kind}", "-f", "-n", copy] if kind == "ext4" else ["xfs_repair", "-n", copy], capture_output=True, text=True)
+        if done.returncode != 0:
+            wrong.append(f"{copy} is damaged: {(done.stdout + done.stderr).strip()[-500:]}")
+    print(json.dumps(wrong))
+
+
 def main():
     os.environ["PATH"] = PATH
     verb, *arguments = sys.argv[1:] or [""]
@@ -381,6 +404,8 @@ def main():
     elif verb == "state" and len(arguments) == 4:
         root, first, second, sampled = arguments
         state(root, first, second, sampled == "1")
+    elif verb == "same" and len(arguments) == 5:
+        same(*arguments)
     else:
         print(__doc__, file=sys.stderr)
         return 2
