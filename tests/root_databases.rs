@@ -585,6 +585,7 @@ fn every_cut_is_a_state_that_databases_start_from() {
         assert!(seen.is_empty(), "{seen:#?}");
         assert_eq!(recovery.len(), STATES);
         assert!(rows.iter().max() > rows.iter().min(), "nothing was written");
+        assert!(harvest.holed < harvest.generations, "every cut had a hole: the ring is too small for this load");
         assert!(
             harvest.holes > 0 && harvest.rounds > 0 && harvest.flips > 1,
             "nothing was missing from the ring: it or the limit is too large for this load"
