@@ -5,8 +5,9 @@
     databases.py load ROOT A B ACKS SEED       mounts the devices A (ext4) and B (XFS), makes the databases, prints `ready`, writes
                                                until its input ends, leaves all clean; ACKS gets `WRITER N SENT ACKNOWLEDGED`
     databases.py state ROOT A B SAMPLED        mounts the images, starts the databases and prints what they hold, as JSON
+    databases.py same ROOT A B COPY_A COPY_B   mounts all four to be read, and prints what is not the same in their files, as JSON
 
-`load` and `state` run as the first process of mount, pid, IPC and network namespaces of their own: whatever they start or mount goes
+All but `root` run as the first process of mount, pid, IPC and network namespaces of their own: whatever they start or mount goes
 with them. Times are CLOCK_MONOTONIC in nanoseconds. `state` repairs nothing and gives no program an option that would.
 
 PostgreSQL: PGDATA on A, its WAL on B. Each transaction of a writer is a numbered row and a transfer between two accounts.
@@ -131,7 +132,12 @@ def connect(root, postmaster, seconds=START_SECONDS):
             connection = pgclient.Connection(f"{root}/run/.s.PGSQL.5432", 0, seconds)
             connection.query("SELECT 1")
             return connection
-        except (OSError, pgclient.ServerError) as error:
+        except pgclient.ServerError as error:
+            last = str(error)
+            # Anything but "starting up" stays.
+            if "(57P03)" not in last:
+                raise
+        except OSError as error:
             last = str(error)
         time.sleep(0.01)
     raise RuntimeError(f"PostgreSQL did not answer within {seconds} s: {last}")
@@ -292,7 +298,8 @@ class State:
         """A failure here is the state's."""
         try:
             yield
-        except (RuntimeError, OSError, pgclient.ServerError, sqlite3.Error) as error:
+        # A damaged database may answer anything, also what is no number.
+        except (RuntimeError, OSError, ValueError, TypeError, pgclient.ServerError, sqlite3.Error) as error:
             self.wrong.append(f"{what}: {error}")
 
     def gapless(self, name, count, lowest, highest, damaged):
@@ -309,9 +316,10 @@ class State:
         try:
             connection = connect(root, postmaster)
             self.recovery_ms = round((time.monotonic() - began) * 1000)
+            found = connection.query("SELECT writer, count(*), min(n), max(n), count(*) FILTER (WHERE payload IS DISTINCT FROM "
+                                        f"{PAYLOAD.format(writer='writer', n='n')}) FROM ledger GROUP BY writer")
             self.rows.update({f"pg{writer}": 0 for writer in range(WRITERS)})
-            for row in connection.query("SELECT writer, count(*), min(n), max(n), count(*) FILTER (WHERE payload IS DISTINCT FROM "
-                                        f"{PAYLOAD.format(writer='writer', n='n')}) FROM ledger GROUP BY writer"):
+            for row in found:
                 writer, *numbers = map(int, row)
                 self.gapless(f"pg{writer}", *numbers)
             ((accounts, balance, touched, rows),) = connection.query("SELECT count(*), sum(balance), sum(touched), (SELECT count(*) FROM ledger) FROM accounts")
@@ -336,7 +344,7 @@ class State:
             if found != [("ok",)]:
                 self.wrong.append(f"{name}: integrity_check says {found[:3]}")
             rows = connection.execute("SELECT n, names, payload FROM ledger ORDER BY n").fetchall()
-            damaged = sum(names != n or bytes(held) != payload(n) for n, names, held in rows)
+            damaged = sum(names != n or held != payload(n) for n, names, held in rows)
             self.gapless(name, len(rows), rows[0][0] if rows else 0, rows[-1][0] if rows else 0, damaged)
             ((pages, touched, touches),) = connection.execute("SELECT count(*), sum(touched), (SELECT total(touches) FROM ledger) FROM pages")
             if (pages, touched) != (SQLITE_PAGES, touches):
@@ -359,16 +367,39 @@ def state(root, first, second, sampled):
         for name in SQLITE:
             with held.step(f"SQLite, {name}"):
                 held.sqlite(root, name)
-        if held.rows.get("second", 0) > held.rows.get("first", 0):
+        if {"first", "second"} <= held.rows.keys() and held.rows["second"] > held.rows["first"]:
             held.wrong.append(f"second is ahead: it names row {held.rows['second']}, first has {held.rows['first']}")
-    for volume in mounted:
-        run("umount", f"{root}/vol/{volume}")
+    with held.step("unmount"):
+        for volume in mounted:
+            run("umount", f"{root}/vol/{volume}")
     if sampled and mounted == ["a", "b"]:
         with held.step("fsck.ext4"):
             run("fsck.ext4", "-f", "-n", first)
         with held.step("xfs_repair"):
             run("xfs_repair", "-n", second)
     print(json.dumps({"wrong": held.wrong, "rows": held.rows, "recovery_ms": held.recovery_ms}))
+
+
+def same(root, first, second, first_copy, second_copy):
+    """Blocks that belong to no file may differ: a page that was changed while it was written, and whose file was gone before it was
+    written again. What is in a file may not."""
+    world(root)
+    wrong = []
+    for kind, options, volume, copy in (("ext4", "ro", first, first_copy), ("xfs", "ro,nouuid", second, second_copy)):
+        try:
+            run("mount", "-t", kind, "-o", options, volume, f"{root}/vol/a")
+            run("mount", "-t", kind, "-o", f"{options},loop", copy, f"{root}/vol/b")
+        except RuntimeError as error:
+            wrong.append(str(error))
+            break
+        done = subprocess.run(["diff", "--recursive", "--brief", "--no-dereference", f"{root}/vol/a", f"{root}/vol/b"], capture_output=True, text=True)
+        wrong += (done.stdout + done.stderr).splitlines()
+        for point in "ba":
+            run("umount", f"{root}/vol/{point}")
+        done = subprocess.run([f"fsck.{kind}", "-f", "-n", copy] if kind == "ext4" else ["xfs_repair", "-n", copy], capture_output=True, text=True)
+        if done.returncode != 0:
+            wrong.append(f"{copy} is damaged: {(done.stdout + done.stderr).strip()[-500:]}")
+    print(json.dumps(wrong))
 
 
 def main():
@@ -381,6 +412,8 @@ def main():
     elif verb == "state" and len(arguments) == 4:
         root, first, second, sampled = arguments
         state(root, first, second, sampled == "1")
+    elif verb == "same" and len(arguments) == 5:
+        same(*arguments)
     else:
         print(__doc__, file=sys.stderr)
         return 2
