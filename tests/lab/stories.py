@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Stories on two real hosts: what happens to the replica when things go wrong, told one by one.
 
-    stories.py [--long] [STORY...]     without a name, all of them
+    stories.py [--long] [--loud] [STORY...]     without a name, all of them; --loud: what the agents warned of, too
 
 Every story ends the same way: writers are stopped, one last cut is taken, and the standby's replica is compared with the primary's
 device byte for byte. The group has two volumes, ext4 and XFS, mounted and written on alpha while everything else goes on.
@@ -124,6 +124,16 @@ class Tale:
         for writer in self.writers:
             writer.wait(60)
         self.writers = []
+
+    def complaints(self, since):
+        """What the agents warned of, each kind once with how often; numbers do not make kinds."""
+        kinds = {}
+        for host in HOSTS:
+            for line in self.said(host, since[host]):
+                if " WARN " in line or " ERROR " in line:
+                    kind = (host, re.sub(r"[0-9a-f]{8,}|\d+", "#", line.split(" ", 1)[1].strip()))
+                    kinds[kind] = kinds.get(kind, 0) + 1
+        return [f"{host} {times}x {text[:230]}" for (host, text), times in kinds.items()]
 
     def script(self, text, *argv, out=subprocess.DEVNULL):
         """A writer of its own, in Python."""
@@ -556,15 +566,13 @@ def burst(tale, rounds):
             else:
                 # By itself: more generations from captured writes, and the small ones beside the burst were captured.
                 storm.wait(120)
-                wait_for("captured cuts after the burst", 60, lambda: tale.group()["state"] == "replicating", 0.05)
+                wait_for("captured cuts after the burst", 60, lambda: (tale.group()["rpo_seconds"] or 99) < 1, 0.05)
                 calm = counted(tale.group())
                 time.sleep(1)
                 row = tale.group()
                 after = counted(row)
                 if not (row["in_sync"] and after["generations"] > calm["generations"] + 3 and after["bytes_captured"] > calm["bytes_captured"]):
                     raise LabError(f"captured cuts did not come back: {row['state']}, {calm}, then {after}")
-                if row["rpo_seconds"] > 2 or after["lag_p99_ms"] is None:
-                    raise LabError(f"after the burst the standby is {row['rpo_seconds']} s behind")
                 large = after["vol-ext4"]["holes"] - before["vol-ext4"]["holes"]
                 small = after["vol-xfs"]["holes"] - before["vol-xfs"]["holes"]
                 if not large or after["rounds"] == before["rounds"]:
@@ -685,13 +693,14 @@ def silent_damage(tale, _rounds):
     tale.rest()
     tale.verb("alpha", "sync", GROUP, "--wait")
     # A block that is written just after a checkpoint began is compared by the next one, as written.
-    block, image = place_of(tale, "vol-ext4", "cold", 500), tale.paths("alpha")["vol-ext4"]
+    # (XFS: a small ext4 has blocks of 1 KiB, its files do not begin on ours, and of a block written in part nothing is known.)
+    block, image = place_of(tale, "vol-xfs", "cold", 500), tale.paths("alpha")["vol-xfs"]
     before = tale.group()["counters"]
     wait_for("a checkpoint", 20, lambda: tale.group()["counters"]["checkpoints"] > before["checkpoints"], 0.02)
-    tale.lab.exec("alpha", ["dd", "if=/dev/urandom", "of=/mnt/vol-ext4/cold", "bs=4k", "count=1", "seek=500", "conv=notrunc,fdatasync", "oflag=direct", "status=none"])
+    tale.lab.exec("alpha", ["dd", "if=/dev/urandom", "of=/mnt/vol-xfs/cold", "bs=4k", "count=1", "seek=500", "conv=notrunc,fdatasync", "oflag=direct", "status=none"])
     wait_for("its generation", 20, lambda: tale.group()["counters"]["bytes_captured"] > before["bytes_captured"] and tale.group()["in_sync"], 0.02)
     damage(image, block)
-    wait_for("the repair", 20, lambda: tale.group()["counters"]["repaired_blocks"] > before["repaired_blocks"], 0.1)
+    wait_for("the repair", 60, lambda: tale.group()["counters"]["repaired_blocks"] > before["repaired_blocks"], 0.1)
     row = tale.group()
     if row["counters"]["mismatched_blocks"] or "VERIFY_MISMATCH" in row["fault_codes"]:
         raise LabError(f"damage to a block that was written raised the alarm: {tale.said('alpha')[-5:]}")
@@ -701,21 +710,25 @@ def silent_damage(tale, _rounds):
 
 
 MAPPER = r"""
-import mmap, os, random, sys, threading, time
+import mmap, os, random, sys, time
 size = 16 << 20
 fd = os.open(sys.argv[1] + "/mapped", os.O_RDWR | os.O_CREAT, 0o600)
 os.posix_fallocate(fd, 0, size)
 map = mmap.mmap(fd, size)
-def change():
-    while True:
+# A process of its own: the interpreter holds its threads while one of them flushes.
+if os.fork() == 0:
+    hot = [page * 4096 for page in range(48)]
+    while os.getppid() != 1:
         # Then a rest, in which nothing is written back: what was copied and what the disk holds stay different for that long.
         if time.time() % 4 > 1.5:
             time.sleep(0.05)
-        for _ in range(64):
-            for at in (random.randrange(size // 4096) * 4096, random.randrange(64) * 4096):
-                map[at + 8:at + 16] = os.urandom(8)
-                map[at + 4000:at + 4008] = os.urandom(8)
-threading.Thread(target=change, daemon=True).start()
+        new = os.urandom(8)
+        for at in hot:
+            map[at:at + 8] = new
+            map[at + 4088:at + 4096] = new
+        at = random.randrange(size // 4096) * 4096
+        map[at:at + 8] = new
+    os._exit(0)
 while True:
     if time.time() % 4 > 1.4:
         time.sleep(0.05)
@@ -726,8 +739,12 @@ while True:
 
 def mmap_writer(tale, rounds):
     """Pages change through a mapping while they are written back, across kills of the agent: never an alarm."""
-    repaired = checked = 0
-    for _ in range(rounds):
+    repaired = checked = told = 0
+    # A round in which no page happened to change in flight shows nothing.
+    while told < rounds or not repaired:
+        if told > rounds + 4:
+            raise LabError("no page changed while it was written: nothing was shown")
+        told += 1
         tale.restart("alpha", SCRUB)
         for name in VOLUMES:
             tale.script(MAPPER, f"/mnt/{name}")
@@ -744,7 +761,7 @@ def mmap_writer(tale, rounds):
         if counters["mismatched_blocks"]:
             raise LabError(f"{counters['mismatched_blocks']} blocks of a mapping raised the alarm: {[line for line in tale.said('alpha') if 'check:' in line][-5:]}")
     tale.restart("alpha")
-    return f"{rounds} rounds, {checked} blocks checked, {repaired} repaired, no alarm"
+    return f"{told} rounds, {checked} blocks checked, {repaired} repaired, no alarm"
 
 
 def switches(tale, host):
@@ -970,6 +987,7 @@ STORIES = [
 def main():
     wanted = [a for a in sys.argv[1:] if not a.startswith("--")]
     long = "--long" in sys.argv or os.environ.get("DOUBLURE_LONG") == "1"
+    loud = "--loud" in sys.argv
     unknown = set(wanted) - {name for name, *_ in STORIES}
     if unknown:
         say(f"stories: no story is called {', '.join(sorted(unknown))}; there are {', '.join(name for name, *_ in STORIES)}")
@@ -986,11 +1004,13 @@ def main():
                 for name, story, short, many in STORIES:
                     if wanted and name not in wanted:
                         continue
-                    began = time.monotonic()
+                    began, since = time.monotonic(), {host: tale.log(host) for host in HOSTS}
                     try:
                         words = story(tale, many if long else short)
                         passed += 1
                         say(f"  ok      {name:<22} {time.monotonic() - began:6.1f} s  {words}")
+                        for complaint in tale.complaints(since) if loud else []:
+                            say(f"            {complaint}")
                     except LabError as error:
                         failed += 1
                         say(f"  FAILED  {name:<22} {time.monotonic() - began:6.1f} s  {error}")
