@@ -575,3 +575,35 @@ fn bits_that_go_or_stay_at_the_wrong_time_are_found() {
         run.setting.death_once_in = 5;
     });
 }
+
+#[test]
+#[ignore = "needs root: sudo ./dev check kernel"]
+fn many_small_zeroes_behind_a_slow_peer_do_not_fill_memory() {
+    use std::os::fd::AsRawFd;
+    let pins = Pins::new("zeroes");
+    let mut tracker = Tracker::open(&pins.0).unwrap();
+    tracker.prepare_capture(Path::new("/var/tmp")).unwrap();
+    let device = Loop::new(64 << 20);
+    tracker.track(GROUP, VOLUME, &device.identity()).unwrap();
+    let tracker = std::sync::Mutex::new(tracker);
+    let image = doublure::device::DeviceFile::open(&device.image(), false).unwrap();
+    let identity = doublure::host::identity(device.path()).unwrap();
+    let sources = [doublure::cut::Source { id: VOLUME, name: "zeroes", device: device.path().into(), identity, image: &image }];
+    let mut stream = doublure::cut::Stream::open(&tracker, GROUP, &sources, 16 << 20).unwrap();
+    let direct = device.direct();
+    // BLKZEROOUT, a quarter of a MiB each: what comes while a peer owes us credit.
+    for at in 0..30_000u64 {
+        let mut range = [at % 256 * (256 << 10), 256 << 10];
+        // SAFETY: the ioctl reads two 64-bit numbers.
+        let done = unsafe { nix::libc::ioctl(direct.as_raw_fd(), 0x127f, range.as_mut_ptr()) };
+        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+    }
+    direct.write_all_at(&memmap2::MmapMut::map_anon(4096).unwrap(), 0).unwrap();
+    let limits = doublure::cut::Limits { freeze_deadline: Duration::from_secs(2), cut_max_bytes: 128 << 20 };
+    let mut engine = doublure::device::engine(doublure::model::EngineKind::Auto, 32).unwrap();
+    let step = stream.look(&tracker, &sources, engine.as_mut(), limits).unwrap();
+    println!("{} parts gathered, {:?}", stream.gathered(), stream.counts());
+    assert_eq!(step, doublure::cut::Step::Cut);
+    assert!(stream.gathered() < (1 << 20) + 64 + 64 * 4096, "{} parts", stream.gathered());
+    stream.close(&tracker).unwrap();
+}

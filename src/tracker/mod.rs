@@ -352,6 +352,13 @@ impl Tracker {
         self.volume(volume)?.halves.set_of_any()
     }
 
+    /// The blocks of writes that were submitted and not seen to complete: what a read finds there may be old or new, and their bits of
+    /// before the last receipt are gone. To be asked after the bits: a write leaves only once its bit is set again. Error: `VOLUME_UNKNOWN`.
+    pub fn in_flight(&self, volume: VolumeId) -> Res<BlockSet> {
+        let known = self.volume(volume)?;
+        Ok(blocks_of(&self.kernel.flights(known.slot), known.halves.blocks()))
+    }
+
     /// Number of blocks that were dirtied and have no receipt. Error: `VOLUME_UNKNOWN`.
     pub fn dirty_blocks(&self, volume: VolumeId) -> Res<u64> {
         self.volume(volume)?.halves.count_in_any()
