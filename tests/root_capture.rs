@@ -607,3 +607,41 @@ fn many_small_zeroes_behind_a_slow_peer_do_not_fill_memory() {
     assert!(stream.gathered() < (1 << 20) + 64 + 64 * 4096, "{} parts", stream.gathered());
     stream.close(&tracker).unwrap();
 }
+
+#[test]
+#[ignore = "needs root: sudo ./dev check kernel"]
+fn one_write_that_found_no_room_does_not_have_a_round_shipped_again() {
+    let pins = Pins::new("again");
+    let mut tracker = Tracker::open_planted(&pins.0, Plant::NoRoom).unwrap();
+    tracker.prepare_capture(Path::new("/var/tmp")).unwrap();
+    let device = Loop::new(64 << 20);
+    tracker.track(GROUP, VOLUME, &device.identity()).unwrap();
+    let tracker = std::sync::Mutex::new(tracker);
+    let image = doublure::device::DeviceFile::open(&device.image(), false).unwrap();
+    let identity = doublure::host::identity(device.path()).unwrap();
+    let sources = [doublure::cut::Source { id: VOLUME, name: "again", device: device.path().into(), identity, image: &image }];
+    let mut stream = doublure::cut::Stream::open(&tracker, GROUP, &sources, 16 << 20).unwrap();
+    let direct = device.direct();
+    let limits = doublure::cut::Limits { freeze_deadline: Duration::from_secs(2), cut_max_bytes: MIB };
+    let mut engine = doublure::device::engine(doublure::model::EngineKind::Auto, 32).unwrap();
+    let lost = |sector: &u64| sector.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 58 == 7;
+    let unlucky = (0..16_384u64).map(|block| block * 8).filter(lost).next().unwrap();
+    let page = memmap2::MmapMut::map_anon(4 << 20).unwrap();
+    // A burst: 32 MiB in holes, shipped in a round.
+    for at in 0..8 {
+        direct.write_all_at(&page[..], at * (4 << 20)).unwrap();
+    }
+    let mut look = || stream.look(&tracker, &sources, engine.as_mut(), limits).unwrap();
+    let blocks = |step: doublure::cut::Step| match step {
+        doublure::cut::Step::Large(sets) => sets.iter().map(|set| set.count()).sum::<u64>(),
+        doublure::cut::Step::Cut => 0,
+    };
+    println!("the burst: {} blocks", blocks(look()));
+    for _ in 0..4 {
+        // The round is shipped meanwhile; one block is written.
+        direct.write_all_at(&page[..4096], unlucky * 512).unwrap();
+        let again = blocks(look());
+        println!("after one block more: {again} blocks to be shipped");
+        assert!(again < 100, "{again} blocks are shipped again for one");
+    }
+}
