@@ -625,7 +625,7 @@ fn one_write_that_found_no_room_does_not_have_a_round_shipped_again() {
     let limits = doublure::cut::Limits { freeze_deadline: Duration::from_secs(2), cut_max_bytes: MIB };
     let mut engine = doublure::device::engine(doublure::model::EngineKind::Auto, 32).unwrap();
     let lost = |sector: &u64| sector.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 58 == 7;
-    let unlucky = (0..16_384u64).map(|block| block * 8).filter(lost).next().unwrap();
+    let unlucky = (0..16_384u64).map(|block| block * 8).find(lost).unwrap();
     let page = memmap2::MmapMut::map_anon(4 << 20).unwrap();
     // A burst: 32 MiB in holes, shipped in a round.
     for at in 0..8 {

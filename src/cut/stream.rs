@@ -117,8 +117,13 @@ impl Stream {
             each: vec![VolumeCounts::default(); sources.len()],
             plant: StreamPlant::Nothing,
         };
-        stream.read_taken(tracker, sources)?;
-        Ok(stream)
+        match stream.read_taken(tracker, sources) {
+            Ok(()) => Ok(stream),
+            Err(fault) => {
+                stream.close(tracker)?;
+                Err(fault)
+            }
+        }
     }
 
     /// What the flip took must be read before the next cut: capture does not hold it. (What is held beside it was shipped by rounds

@@ -185,7 +185,11 @@ impl Tracker {
         }
         let capture = capturer.begin(&self.kernel, slot, sides, ring_bytes)?;
         self.kernel.set_phase(slot, self.kernel.phase(slot), false);
-        self.flip_steps(&[group], 4, Some(true))?;
+        if let Err(fault) = self.flip_steps(&[group], 4, Some(true)) {
+            // Nobody would read that ring.
+            self.end_capture(slot)?;
+            return Err(fault);
+        }
         Ok(capture)
     }
 
