@@ -575,3 +575,73 @@ fn bits_that_go_or_stay_at_the_wrong_time_are_found() {
         run.setting.death_once_in = 5;
     });
 }
+
+#[test]
+#[ignore = "needs root: sudo ./dev check kernel"]
+fn many_small_zeroes_behind_a_slow_peer_do_not_fill_memory() {
+    use std::os::fd::AsRawFd;
+    let pins = Pins::new("zeroes");
+    let mut tracker = Tracker::open(&pins.0).unwrap();
+    tracker.prepare_capture(Path::new("/var/tmp")).unwrap();
+    let device = Loop::new(64 << 20);
+    tracker.track(GROUP, VOLUME, &device.identity()).unwrap();
+    let tracker = std::sync::Mutex::new(tracker);
+    let image = doublure::device::DeviceFile::open(&device.image(), false).unwrap();
+    let identity = doublure::host::identity(device.path()).unwrap();
+    let sources = [doublure::cut::Source { id: VOLUME, name: "zeroes", device: device.path().into(), identity, image: &image }];
+    let mut stream = doublure::cut::Stream::open(&tracker, GROUP, &sources, 16 << 20).unwrap();
+    let direct = device.direct();
+    // BLKZEROOUT, a quarter of a MiB each: what comes while a peer owes us credit.
+    for at in 0..30_000u64 {
+        let mut range = [at % 256 * (256 << 10), 256 << 10];
+        // SAFETY: the ioctl reads two 64-bit numbers.
+        let done = unsafe { nix::libc::ioctl(direct.as_raw_fd(), 0x127f, range.as_mut_ptr()) };
+        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+    }
+    direct.write_all_at(&memmap2::MmapMut::map_anon(4096).unwrap(), 0).unwrap();
+    let limits = doublure::cut::Limits { freeze_deadline: Duration::from_secs(2), cut_max_bytes: 128 << 20 };
+    let mut engine = doublure::device::engine(doublure::model::EngineKind::Auto, 32).unwrap();
+    let step = stream.look(&tracker, &sources, engine.as_mut(), limits).unwrap();
+    println!("{} parts gathered, {:?}", stream.gathered(), stream.counts());
+    assert_eq!(step, doublure::cut::Step::Cut);
+    assert!(stream.gathered() < (1 << 20) + 64 + 64 * 4096, "{} parts", stream.gathered());
+    stream.close(&tracker).unwrap();
+}
+
+#[test]
+#[ignore = "needs root: sudo ./dev check kernel"]
+fn one_write_that_found_no_room_does_not_have_a_round_shipped_again() {
+    let pins = Pins::new("again");
+    let mut tracker = Tracker::open_planted(&pins.0, Plant::NoRoom).unwrap();
+    tracker.prepare_capture(Path::new("/var/tmp")).unwrap();
+    let device = Loop::new(64 << 20);
+    tracker.track(GROUP, VOLUME, &device.identity()).unwrap();
+    let tracker = std::sync::Mutex::new(tracker);
+    let image = doublure::device::DeviceFile::open(&device.image(), false).unwrap();
+    let identity = doublure::host::identity(device.path()).unwrap();
+    let sources = [doublure::cut::Source { id: VOLUME, name: "again", device: device.path().into(), identity, image: &image }];
+    let mut stream = doublure::cut::Stream::open(&tracker, GROUP, &sources, 16 << 20).unwrap();
+    let direct = device.direct();
+    let limits = doublure::cut::Limits { freeze_deadline: Duration::from_secs(2), cut_max_bytes: MIB };
+    let mut engine = doublure::device::engine(doublure::model::EngineKind::Auto, 32).unwrap();
+    let lost = |sector: &u64| sector.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 58 == 7;
+    let unlucky = (0..16_384u64).map(|block| block * 8).find(lost).unwrap();
+    let page = memmap2::MmapMut::map_anon(4 << 20).unwrap();
+    // A burst: 32 MiB in holes, shipped in a round.
+    for at in 0..8 {
+        direct.write_all_at(&page[..], at * (4 << 20)).unwrap();
+    }
+    let mut look = || stream.look(&tracker, &sources, engine.as_mut(), limits).unwrap();
+    let blocks = |step: doublure::cut::Step| match step {
+        doublure::cut::Step::Large(sets) => sets.iter().map(|set| set.count()).sum::<u64>(),
+        doublure::cut::Step::Cut => 0,
+    };
+    println!("the burst: {} blocks", blocks(look()));
+    for _ in 0..4 {
+        // The round is shipped meanwhile; one block is written.
+        direct.write_all_at(&page[..4096], unlucky * 512).unwrap();
+        let again = blocks(look());
+        println!("after one block more: {again} blocks to be shipped");
+        assert!(again < 100, "{again} blocks are shipped again for one");
+    }
+}

@@ -536,6 +536,47 @@ fn without_completion_programs_and_table_that_write_would_be_lost_and_is_doubted
     assert!(reasons(&mut tracker, &slow.upper).contains("in flight over a cut was not seen"));
 }
 
+/// What T8 would do to a write whose submit and completion it both swallows: no miss is counted, the table has no entry. One refused write
+/// (RWF_NOWAIT) before it hides it from the kernel's account for ever.
+#[test]
+#[ignore = "needs root: sudo ./dev check kernel"]
+#[allow(unsafe_code)]
+fn a_write_that_nobody_saw_is_doubted_although_another_one_was_refused() {
+    use std::os::fd::AsRawFd;
+    let (pins, slow) = (Pins::new("nobody"), Slow::new());
+    let mut tracker = tracked(&pins, &slow.upper);
+    fs::write(format!("/sys/block/{}/queue/nr_requests", slow.upper.name()), "4").unwrap();
+    let frozen = slow.freeze();
+    let writers: Vec<_> = (0..4).map(|at| write_in_flight(&slow.upper, 2 * at)).collect();
+    std::thread::sleep(Duration::from_millis(300));
+    let (file, mut page) = (slow.upper.direct(), Page::new(4096));
+    let refused = (0..4).filter(|_| {
+        let part = libc::iovec { iov_base: page.get().as_mut_ptr().cast(), iov_len: 4096 };
+        // SAFETY: one vector over a page that lives on.
+        unsafe { libc::pwritev2(file.as_raw_fd(), &part, 1, 20 * 4096, libc::RWF_NOWAIT) == -1 }
+    });
+    assert!(refused.count() > 0, "none was refused");
+    drop(frozen);
+    writers.into_iter().for_each(|writer| writer.join().unwrap());
+    no_doubts(&mut tracker, &slow.upper);
+    flip_and_take(&mut tracker);
+    acknowledge(&mut tracker, 1);
+    detach(&pins, &mut tracker, "submit");
+    detach(&pins, &mut tracker, "complete");
+    page.get().fill(7);
+    file.write_all_at(page.get(), 30 * 4096).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    let again = runs(&flip_and_take(&mut tracker));
+    let reasons = reasons(&mut tracker, &slow.upper);
+    println!("taken {again:?}; {reasons}");
+    assert!(
+        again.iter().any(|(start, count)| (*start..start + count).contains(&30))
+            || reasons.contains("the kernel counted")
+            || reasons.contains("in flight over a cut was not seen"),
+        "nobody knows of block 30: taken {again:?}; {reasons}"
+    );
+}
+
 /// Until the receipt the tracker can help itself: it knows what was taken, and that a completion is missing.
 #[test]
 #[ignore = "needs root: sudo ./dev check kernel"]

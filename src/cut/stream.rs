@@ -24,6 +24,9 @@ const MOVES: usize = 64;
 const PLANTED_PAUSE: Duration = Duration::from_millis(3);
 /// A range of zeroes larger than this is read again (its holes cost nothing) instead of being spelled out.
 const ZERO_BYTES_MAX: u64 = 256 << 10;
+/// Zeroes are spelled out while fewer parts of blocks than this (32 MiB of memory) were gathered; then they are read again too: 32 bytes
+/// of the ring may say that 64 blocks are zero, which would let a ring of 64 MiB grow to 4 GiB while a peer is slow.
+const ZERO_PARTS_MAX: usize = 1 << 20;
 
 /// How a look for a cut ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -114,8 +117,13 @@ impl Stream {
             each: vec![VolumeCounts::default(); sources.len()],
             plant: StreamPlant::Nothing,
         };
-        stream.read_taken(tracker, sources)?;
-        Ok(stream)
+        match stream.read_taken(tracker, sources) {
+            Ok(()) => Ok(stream),
+            Err(fault) => {
+                stream.close(tracker)?;
+                Err(fault)
+            }
+        }
     }
 
     /// What the flip took must be read before the next cut: capture does not hold it. (What is held beside it was shipped by rounds
@@ -221,7 +229,9 @@ impl Stream {
                     counts.captured_bytes += range.len;
                     each[volume].captured_bytes += range.len;
                 }
-                What::Zero if inside && range.len <= ZERO_BYTES_MAX => gathered.add_zero(volume as u16, range.offset, range.len),
+                What::Zero if inside && range.len <= ZERO_BYTES_MAX && gathered.len() < ZERO_PARTS_MAX => {
+                    gathered.add_zero(volume as u16, range.offset, range.len)
+                }
                 _ => {
                     counts.holes += 1;
                     each[volume].holes += 1;

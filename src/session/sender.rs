@@ -394,8 +394,8 @@ fn no_sectors() -> Fault {
     Fault::new(
         Code::VersionMismatch,
         "the standby",
-        "its release of doublure does not know records of single sectors, which continuous replication sends",
-        "install the same release of doublure on both hosts, the standby first; until then replicate by interval",
+        "its release of doublure does not know records of single sectors, which cuts of captured writes need",
+        "install the same release of doublure on both hosts, the standby first; until then set mode = \"freeze\"",
     )
 }
 

@@ -185,7 +185,11 @@ impl Tracker {
         }
         let capture = capturer.begin(&self.kernel, slot, sides, ring_bytes)?;
         self.kernel.set_phase(slot, self.kernel.phase(slot), false);
-        self.flip_steps(&[group], 4, Some(true))?;
+        if let Err(fault) = self.flip_steps(&[group], 4, Some(true)) {
+            // Nobody would read that ring.
+            self.end_capture(slot)?;
+            return Err(fault);
+        }
         Ok(capture)
     }
 
@@ -350,6 +354,13 @@ impl Tracker {
     /// The blocks that were dirtied and have no receipt: active, taken or held. Error: `VOLUME_UNKNOWN`.
     pub fn dirty(&self, volume: VolumeId) -> Res<BlockSet> {
         self.volume(volume)?.halves.set_of_any()
+    }
+
+    /// The blocks of writes that were submitted and not seen to complete: what a read finds there may be old or new, and their bits of
+    /// before the last receipt are gone. To be asked after the bits: a write leaves only once its bit is set again. Error: `VOLUME_UNKNOWN`.
+    pub fn in_flight(&self, volume: VolumeId) -> Res<BlockSet> {
+        let known = self.volume(volume)?;
+        Ok(blocks_of(&self.kernel.flights(known.slot), known.halves.blocks()))
     }
 
     /// Number of blocks that were dirtied and have no receipt. Error: `VOLUME_UNKNOWN`.

@@ -247,7 +247,14 @@ impl Primary {
         let ring_bytes = u32::try_from(ring_bytes).unwrap_or(1 << 30);
         let sources = sources(&self.spec.volumes, &self.volumes);
         let stream = Stream::open(self.agent.tracker_cell()?, self.spec.id, &sources, ring_bytes)?;
-        let watch = Watch::start(stream.capture().fd())?;
+        let watch = match Watch::start(stream.capture().fd()) {
+            Ok(watch) => watch,
+            Err(fault) => {
+                // Or the programs would go on copying for nobody until the next start.
+                stream.close(self.agent.tracker_cell()?)?;
+                return Err(fault);
+            }
+        };
         let now = Instant::now();
         self.capturing = Some(Capturing { stream, watch, written: now, flipped: true });
         let tracker = self.agent.tracker()?;
