@@ -73,6 +73,8 @@ pub struct Stream {
     counts: StreamCounts,
     /// By volume.
     each: Vec<VolumeCounts>,
+    /// The bitmap was flipped since it was last asked what capture missed.
+    flipped: bool,
     /// A fault planted by a test.
     plant: StreamPlant,
 }
@@ -115,6 +117,7 @@ impl Stream {
             sizes: sources.iter().map(|s| s.image.size_bytes()).collect(),
             counts: StreamCounts::default(),
             each: vec![VolumeCounts::default(); sources.len()],
+            flipped: true,
             plant: StreamPlant::Nothing,
         };
         match stream.read_taken(tracker, sources) {
@@ -138,6 +141,7 @@ impl Stream {
     /// Begins a new half of the bitmap while capture goes on. Everything that was taken is in a generation that is cut
     /// after this call. Errors of the tracker.
     pub fn flip(&mut self, tracker: &Mutex<Tracker>) -> Res<()> {
+        self.flipped = true;
         match self.plant {
             StreamPlant::TwoStores => lock(tracker).flip_in_two_stores(self.group, PLANTED_PAUSE),
             _ => lock(tracker).flip(self.group),
@@ -168,7 +172,7 @@ impl Stream {
             let wanted_bytes: u64 = self.unread.iter().map(|set| set.count() * BLOCK_BYTES).sum();
             if wanted_bytes > 0 {
                 if self.gathered.arena_bytes() + wanted_bytes > limits.cut_max_bytes {
-                    return Ok(Step::Large(self.all_to_read()));
+                    return self.large(tracker, sources);
                 }
                 self.read_unread(sources, engine)?;
                 if self.plant != StreamPlant::CutBeforeRead {
@@ -180,16 +184,11 @@ impl Stream {
                 None => self.capture.missed()?,
             };
             if missed.is_empty() {
+                self.flipped = false;
                 check_identities(sources)?;
                 return Ok(Step::Cut);
             }
-            self.counts.missed += 1;
-            for (index, missed) in missed {
-                match missed {
-                    Missed::Ranges(ranges) => ranges.into_iter().for_each(|range| self.must_read(index, range)),
-                    Missed::Anywhere => self.unread[index].union(&lock(tracker).dirty(sources[index].id)?),
-                }
-            }
+            self.read_missed(tracker, sources, missed)?;
         }
         Err(Fault::new(
             Code::CutNotExact,
@@ -197,6 +196,34 @@ impl Stream {
             format!("after {MOVES} reads there was still something that capture could not copy"),
             "it is tried again by itself; a larger capture_ring or a slower writer helps",
         ))
+    }
+
+    /// What was missed must be read. Where it may be anywhere: among what is dirty since the last flip; and, the first time after a flip,
+    /// among all that has no receipt, for it may have been missed before that flip.
+    fn read_missed(&mut self, tracker: &Mutex<Tracker>, sources: &[Source<'_>], missed: Vec<(usize, Missed)>) -> Res<()> {
+        self.counts.missed += u64::from(!missed.is_empty());
+        for (index, missed) in missed {
+            match missed {
+                Missed::Ranges(ranges) => ranges.into_iter().for_each(|range| self.must_read(index, range)),
+                Missed::Anywhere if self.flipped => self.unread[index].union(&lock(tracker).dirty(sources[index].id)?),
+                Missed::Anywhere => self.unread[index].union(&lock(tracker).active(sources[index].id)?),
+            }
+        }
+        self.flipped = false;
+        Ok(())
+    }
+
+    /// There is too much to be read for this cut: it goes out in a round.
+    ///
+    /// The bitmap is flipped before, so that what is missed from here on is looked for among what changed from here on: otherwise each
+    /// write without room in the ring would have the whole round shipped again. 1. flip 2. the records so far 3. what was missed until
+    /// here 4. all of it, with what was gathered, is the round.
+    fn large(&mut self, tracker: &Mutex<Tracker>, sources: &[Source<'_>]) -> Res<Step> {
+        self.flip(tracker)?;
+        self.walk()?;
+        let missed = self.capture.missed()?;
+        self.read_missed(tracker, sources, missed)?;
+        Ok(Step::Large(self.all_to_read()))
     }
 
     /// Everything that is in hand, as sets to be read. What was gathered must not be laid over a read that comes later: it may be older

@@ -600,7 +600,7 @@ SEC("tp_btf/block_bio_complete") int drop(u64 *ctx)
 	struct bio *bio = (struct bio *)ctx[1];
 
 	if (bio->bi_opf & 1)
-		flight_progress(number_of(bio), ~0U);
+		flight_refused(number_of(bio));
 	return 0;
 }
 

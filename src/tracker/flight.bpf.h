@@ -126,6 +126,28 @@ __attribute__((noinline)) int flight_progress(u64 bio, u32 sectors)
 	return 1;
 }
 
+// A write that will never be a request leaves the table; its sectors were counted as submitted and will not be by the kernel.
+static inline_always void flight_refused(u64 bio)
+{
+	struct flight_set *set = flights_of(bio);
+	struct share *share;
+	u32 slot;
+	int way;
+
+	if (!set)
+		return;
+	for (way = 0; way < FLIGHT_WAYS; way++) {
+		if (set->ways[way].bio != bio)
+			continue;
+		slot = set->ways[way].slot;
+		share = bpf_map_lookup_elem(&shares, &slot);
+		if (share)
+			__sync_fetch_and_add(&share->refused, set->ways[way].sectors);
+		set->ways[way].bio = 0;
+		return;
+	}
+}
+
 // What completed of a request leaves the table. More bios than the bound (never seen) would only stay in it too long.
 static inline_always void flights_end(struct request *rq, u32 left)
 {

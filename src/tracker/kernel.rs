@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// The programs as `build.rs` made them.
 static OBJECT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/bitmap.bpf.o"));
 /// Version of everything that this side keeps in the maps: the notes and the layout of the bits.
-const SCHEMA: u32 = 5;
+const SCHEMA: u32 = 6;
 /// Most volumes, and most groups, that can be tracked at once; `MAX_VOLUMES` in `bitmap.bpf.c`.
 pub(super) const MAX_VOLUMES: u32 = 1024;
 /// The element of the array of maps that exists only to be updated.
@@ -415,6 +415,7 @@ impl Kernel {
                 counts.untracked += field(4);
             }
         }
+        counts.refused = self.share(slot)[4].load(Ordering::Acquire);
         counts
     }
 

@@ -169,7 +169,7 @@ impl VolumeNote {
         let pen = pen.numbers(&[u64::from(device.major), u64::from(device.minor), device.diskseq, device.size_bytes]);
         let counts = &self.counts;
         let pen = pen.numbers(&file).numbers(&[self.stat_sectors, u64::from(self.quiet)]).numbers(&counts.sectors);
-        let pen = pen.numbers(&[counts.unknown, counts.outside, counts.stale, counts.untracked, self.answered]);
+        let pen = pen.numbers(&[counts.unknown, counts.outside, counts.stale, counts.untracked, counts.refused, self.answered]);
         pen.bytes(&[self.flip_settled, self.cut_settled, self.loose].map(u8::from)).record
     }
     /// From bytes; a free slot is `None`.
@@ -187,8 +187,8 @@ impl VolumeNote {
         let identity = DeviceIdentity { major: major as u32, minor: minor as u32, diskseq, size_bytes, backing };
         let (stat_sectors, quiet) = (eye.number(), eye.number() == 1);
         let sectors = eye.numbers();
-        let [unknown, outside, stale, untracked, answered] = eye.numbers();
-        let counts = Counts { sectors, unknown, outside, stale, untracked };
+        let [unknown, outside, stale, untracked, refused, answered] = eye.numbers();
+        let counts = Counts { sectors, unknown, outside, stale, untracked, refused };
         let [flip_settled, cut_settled, loose] = eye.bytes().map(|byte: u8| byte == 1);
         let account =
             VolumeNote { stage, id, group, identity, stat_sectors, counts, quiet, answered, flip_settled, cut_settled, loose };
@@ -214,7 +214,7 @@ mod tests {
         for backing in [None, Some(Backing { dev: 1, inode: 2, offset_bytes: 3, sizelimit_bytes: 4 })] {
             for stage in [Stage::Building, Stage::Live] {
                 let identity = DeviceIdentity { major: 7, minor: 900, diskseq: 5, size_bytes: 1 << 44, backing: backing.clone() };
-                let counts = Counts { sectors: [1, 2, 3, u64::MAX], unknown: 5, outside: 6, stale: 7, untracked: 8 };
+                let counts = Counts { sectors: [1, 2, 3, u64::MAX], unknown: 5, outside: 6, stale: 7, untracked: 8, refused: 9 };
                 let note = VolumeNote {
                     stage,
                     id: Uuid([1; 16]),

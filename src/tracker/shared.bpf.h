@@ -116,7 +116,8 @@ struct share {
 	u64 taken;
 	u64 room;
 	u64 lost; // changes of which not even a hole could be recorded
-	u64 unused[4]; // a cache line each
+	u64 refused; // sectors submitted that never became a request
+	u64 unused[3]; // a cache line each
 };
 struct record {
 	u32 slot;

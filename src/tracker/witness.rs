@@ -34,6 +34,8 @@ pub(super) struct Counts {
     pub stale: u64,
     /// Writes that found no place in the in-flight table.
     pub untracked: u64,
+    /// Sectors submitted that never became a request (RWF_NOWAIT, errors before the driver): the kernel will not count them.
+    pub refused: u64,
 }
 
 impl Counts {
@@ -45,7 +47,7 @@ impl Counts {
     /// Sectors submitted as the copy that saw most of them counted, since `then`.
     fn submitted_since(&self, then: &Counts) -> u64 {
         let since = |at: usize| self.sectors[at].wrapping_sub(then.sectors[at]);
-        since(0).max(since(1))
+        since(0).max(since(1)).saturating_sub(self.refused.wrapping_sub(then.refused))
     }
 }
 
