@@ -133,7 +133,8 @@ impl Run {
             modes: modes.clone(),
         };
         let parts = (0..).zip(&loops).map(part).collect();
-        let rest = Duration::from_millis(2);
+        // The checker must keep up on a machine that has other things to do.
+        let rest = Duration::from_millis(20);
         let options = Options { chains: vec![(0, 1, false), (1, 0, true)], depth: 512, rest, ..Options::default() };
         Run { name, seed, generations, loops, parts, options, setting: Setting::default(), read_back: false }
     }
@@ -161,7 +162,7 @@ impl Run {
     }
 
     /// Something is planted: that must be found.
-    fn is_found(self) {
+    fn must_be_found(self) {
         let (name, seed, most) = (self.name, self.seed, self.generations);
         let (tally, outcome) = self.go();
         match outcome {
@@ -196,7 +197,7 @@ fn judged(field: &mut Field, parts: &[Part], storm: Storm, generations: u64) -> 
     for _ in 0..generations {
         assert!(!storm.broken(), "a writer is gone");
         next(field, &mut checker)?;
-        if field.tally.generations % 50 == 0 && std::env::var_os("DOUBLURE_PROGRESS").is_some() {
+        if field.tally.generations.is_multiple_of(50) && std::env::var_os("DOUBLURE_PROGRESS").is_some() {
             field.tally.print("so far");
         }
     }
@@ -223,7 +224,7 @@ fn pair(bytes: u64) -> Vec<Loop> {
 #[ignore = "needs root: sudo ./dev check kernel"]
 fn cuts_of_raw_devices_are_exact_with_a_large_ring() {
     listen();
-    let mut run = Run::new("large-ring", seed(), many(700), pair(48 * MIB));
+    let mut run = Run::new("large-ring", seed(), many(700), pair(24 * MIB));
     run.setting = Setting { death_once_in: 150, ..Setting::default() };
     let (tally, checked, summary) = run.holds();
     assert!(checked.changed > 10_000 && checked.required > 1000 && checked.links > 10, "{checked:?}");
@@ -235,12 +236,10 @@ fn cuts_of_raw_devices_are_exact_with_a_large_ring() {
 #[ignore = "needs root: sudo ./dev check kernel"]
 fn cuts_of_raw_devices_are_exact_with_a_ring_that_overflows() {
     listen();
-    let mut loops = pair(12 * MIB);
-    loops.push(Loop::new(12 * MIB + 3 * 4096 + 512));
-    let mut run = Run::new("tiny-ring", seed(), many(700), loops);
+    let mut loops = pair(8 * MIB);
+    loops.push(Loop::new(8 * MIB + 3 * 4096 + 512));
+    let mut run = Run::new("tiny-ring", seed(), many(600), loops);
     run.options.chains.push((2, 0, false));
-    // What finds no room is anywhere among the dirty blocks: reading those must be faster than writing them.
-    run.options.rest = Duration::from_millis(10);
     run.setting = Setting {
         ring_bytes: 1 << 20,
         cut_max_bytes: MIB,
@@ -250,7 +249,7 @@ fn cuts_of_raw_devices_are_exact_with_a_ring_that_overflows() {
     };
     let (tally, checked, _) = run.holds();
     assert!(checked.changed > 10_000 && checked.required > 1000 && checked.links > 10, "{checked:?}");
-    assert!(tally.rounds > 10 && tally.counts.holes > 100 && tally.counts.missed > 10, "{tally:?}");
+    assert!(tally.rounds > 10 && tally.counts.holes > 100 && tally.counts.missed > 0, "{tally:?}");
 }
 
 #[test]
@@ -258,7 +257,6 @@ fn cuts_of_raw_devices_are_exact_with_a_ring_that_overflows() {
 fn cuts_now_and_then_are_exact_and_so_is_what_completed_between_them() {
     listen();
     let mut run = Run::new("interval", seed(), many(200), pair(12 * MIB));
-    run.options.rest = Duration::from_millis(10);
     run.setting = Setting { interval: true, death_once_in: 60, rest: Duration::from_millis(20), ..Setting::default() };
     let (tally, ..) = run.holds();
     assert!(tally.receipts > 50, "{tally:?}");
@@ -267,9 +265,14 @@ fn cuts_now_and_then_are_exact_and_so_is_what_completed_between_them() {
 /// What is rare luck elsewhere happens all the time; a cut must be exact all the same.
 fn unlucky(name: &'static str, kernel: Plant) {
     listen();
+    // Bios that another disk refuses have, by and by, the addresses of those that were written here.
+    let beside = Loop::new(8 * MIB);
+    let modes = vec![Mode::Ring; 3];
+    let target = Target { modes, ..Target::raw(beside.path(), 8 * MIB) };
+    let options = Options { depth: 512, rest: Duration::from_millis(5), ..Options::default() };
+    let _noise = Storm::start(1, vec![target], options);
     for (interval, generations) in [(false, 80), (true, 30)] {
         let mut run = Run::new(name, seed(), many(generations), pair(8 * MIB));
-        run.options.rest = Duration::from_millis(20);
         run.options.depth = 64;
         run.setting = Setting { kernel, interval, death_once_in: 30, rest: Duration::from_millis(20), ..Setting::default() };
         // A write that was in flight over a flip whose bits a receipt cleared, and that is in no table, is not among the dirty
@@ -327,21 +330,24 @@ fn cuts_are_exact_while_writes_fail_for_want_of_room_below() {
     let mut run = Run::new("full-disk", seed(), many(150), loops);
     run.parts[0].modes = vec![Mode::Direct, Mode::Buffered, Mode::Ring];
     run.read_back = true;
+    // Nothing else fails then.
+    run.options.nowait = false;
     run.setting.rest = Duration::from_millis(60);
     let (.., summary) = run.holds();
-    assert!(summary.failed > summary.again && summary.failed < summary.writes, "{summary:?}");
+    assert!(summary.failed > 0 && summary.failed < summary.writes, "{summary:?}");
 }
 
 #[test]
 #[ignore = "needs root: sudo ./dev check kernel"]
 fn cuts_are_exact_beside_the_largest_writes() {
     listen();
-    let mut run = Run::new("largest", seed(), many(100), vec![Loop::new(512 * MIB), Loop::new(16 * MIB)]);
+    let mut run = Run::new("largest", seed(), many(60), vec![Loop::new(512 * MIB), Loop::new(16 * MIB)]);
     run.parts[0].modes = vec![Mode::Direct];
     run.options.chains = vec![];
     run.options.largest = 512 << 20;
     run.options.large_once_in = 100;
     run.setting.rest = Duration::from_millis(50);
+    run.options.rest = Duration::from_millis(5);
     let (tally, _, summary) = run.holds();
     assert!(summary.bytes > 512 * MIB && tally.rounds > 0, "{summary:?} {tally:?}");
 }
@@ -473,6 +479,7 @@ fn mounted(kind: &'static str, generations: u64, looks: u64) -> Tally {
     }
     let tally = field.finish();
     tally.print(kind);
+    drop(mounts);
     println!("{kind}: mounted {looked} generations: {sum:?}");
     assert!(sum.required > 100 && sum.changed > 1000 && sum.links > 0, "{sum:?}");
     tally
@@ -504,7 +511,7 @@ fn planted(name: &'static str, change: impl Fn(&mut Run)) {
     run.options.rest = Duration::from_millis(3);
     run.setting.rest = Duration::from_millis(5);
     change(&mut run);
-    run.is_found();
+    run.must_be_found();
 }
 
 /// A run in which nothing goes on but direct writes, one after the other, at few places.
@@ -514,7 +521,7 @@ fn narrow(run: &mut Run) {
         part.bytes = 256 << 10;
     }
     run.options.chains.truncate(1);
-    run.options.rest = Duration::ZERO;
+    run.options.rest = Duration::from_micros(100);
 }
 
 #[test]
@@ -557,7 +564,7 @@ fn faults_in_the_programs_are_found() {
     let nodes = tempfile::Builder::new().prefix("doublure-capture-dir").tempdir_in("/var/tmp").unwrap();
     let mut run = on_partitions("own-device", seed(), 400, nodes.path());
     run.setting.kernel = Plant::OwnDevice;
-    run.is_found();
+    run.must_be_found();
 }
 
 #[test]

@@ -599,7 +599,8 @@ SEC("tp_btf/block_bio_complete") int drop(u64 *ctx)
 {
 	struct bio *bio = (struct bio *)ctx[1];
 
-	if (bio->bi_opf & 1)
+	// Of another disk it was never entered: what stands under its address is an earlier life of it, whose completion nobody saw.
+	if (bio->bi_opf & 1 && find(bio->bi_bdev->bd_disk))
 		flight_refused(number_of(bio));
 	return 0;
 }

@@ -302,6 +302,24 @@ static inline_always void capture(struct request *rq, u32 error, u32 bytes, stru
 	hole(ring, share, slot, offset, bytes);
 }
 
+static inline_always void judge(struct request *rq, u64 address, u32 error, u32 bytes, u32 copy, struct volume *volume, u32 op,
+				u64 *mark)
+{
+	struct gendisk *disk = rq->q->disk;
+
+	if (copy && *mark == address) {
+		*mark = 0;
+		return;
+	}
+	if (!capturing(volume))
+		return;
+	if (tune.plant == PLANT_OWN_DEVICE && rq->bio && rq->bio->bi_bdev != disk->part0)
+		return;
+	capture(rq, error, bytes, volume, op);
+	if (!copy)
+		*mark = address;
+}
+
 static inline_always int ended(struct request *rq, u64 address, u32 error, u32 bytes, u32 copy)
 {
 	u32 op = rq->cmd_flags & OP_MASK, zero = 0, at;
@@ -325,20 +343,11 @@ static inline_always int ended(struct request *rq, u64 address, u32 error, u32 b
 	if (unseen(tune.plant, rq->__sector))
 		return 0;
 	at = volume->slot * 2 + copy;
+	judge(rq, address, error, bytes, copy, volume, op, mark);
+	// Last: until the kernel counts it too, a few instructions later, it hides just as much that went by unseen.
 	sight = bpf_map_lookup_elem(&sights, &at);
 	if (sight)
 		sight->sectors += bytes >> 9;
-	if (copy && *mark == address) {
-		*mark = 0;
-		return 0;
-	}
-	if (!capturing(volume))
-		return 0;
-	if (tune.plant == PLANT_OWN_DEVICE && rq->bio && rq->bio->bi_bdev != disk->part0)
-		return 0;
-	capture(rq, error, bytes, volume, op);
-	if (!copy)
-		*mark = address;
 	return 0;
 }
 

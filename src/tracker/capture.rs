@@ -372,7 +372,10 @@ impl Capture {
             if unrecorded || skipped || !entered {
                 tracing::debug!(volume = %side.id, unrecorded, skipped, entered, "capture missed something");
                 missed.push((index, Missed::Anywhere));
-            } else if unseen > 0 {
+            }
+            // Also beside the other: a bit that a receipt cleared while its write was in flight is set again by its completion, if
+            // that was seen.
+            if unseen > 0 {
                 let sectors =
                     |flight: &crate::tracker::kernel::Flight| ByteRun { offset: flight.sector << 9, len: flight.sectors << 9 };
                 let ranges: Vec<ByteRun> = flights_in(self.flights.all(), side.slot).iter().map(sectors).collect();
