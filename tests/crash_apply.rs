@@ -201,8 +201,8 @@ proptest! {
         }
         standby.disks[disk].fail_nth(u64::MAX, 5);
         match singly && standby.ledger.record().unwrap().applied == Position::default() {
-            true => sealed.iter().for_each(|one| drop(standby.apply(one).unwrap())),
-            false => drop(standby.apply_together(&sealed).unwrap()),
+            true => sealed.iter().for_each(|one| assert_eq!(standby.apply(one).unwrap().position(), one.position())),
+            false => assert_eq!(standby.apply_together(&sealed).unwrap().position(), sealed[sealed.len() - 1].position()),
         }
         prop_assert!(standby.bytes() == plain);
         prop_assert_eq!(standby.ledger.record().unwrap().applied, sealed.last().unwrap().position());

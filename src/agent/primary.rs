@@ -44,6 +44,8 @@ const ROUNDS_MAX: usize = 16;
 const CUT_LEAST_BYTES: u64 = 64 * BLOCK_BYTES;
 /// Blocks verified between two cycles (64 MiB).
 const VERIFY_WINDOW_BLOCKS: u64 = verify::BATCH_BLOCKS;
+/// After so many cuts in a row that capture could not make exact, cuts are made with a freeze.
+const INEXACT_MAX: u32 = 5;
 /// Containers are looked at again this often, and a changed recipe is sent.
 const RECIPE_EVERY: Duration = Duration::from_secs(60);
 
@@ -98,6 +100,8 @@ struct Primary {
     asleep: bool,
     /// When the first write after a rest was seen.
     woken: Moment,
+    /// Cuts from captured writes in a row that could not be made exact.
+    inexact: u32,
 }
 
 /// Why the loop ended without a fault.
@@ -257,6 +261,7 @@ impl Primary {
             checkpointed: Instant::now(),
             asleep: false,
             woken: Moment(0),
+            inexact: 0,
         })
     }
 
@@ -268,6 +273,17 @@ impl Primary {
         // The same set would take as long again, and it only grows: it is made smaller by rounds first.
         if fault.code == Code::FreezeTimeout {
             self.cut_max_bytes = (self.cut_max_bytes / 2).max(CUT_LEAST_BYTES);
+        }
+        // A kernel that goes on skipping the programs, or a disk slower than its holes: the declared fallback serves until the next start.
+        // (A link that is too slow says the same code of the group; a freeze would not help it.)
+        if fault.code == Code::CutNotExact && fault.thing == "the cut" && self.captures() {
+            self.inexact += 1;
+            if self.inexact >= INEXACT_MAX {
+                let reason =
+                    format!("{INEXACT_MAX} cuts in a row could not be made exact from captured writes ({})", fault.cause);
+                tracing::warn!(group = %self.group.name, %reason, "cuts are made with a freeze from now on");
+                self.refuse_capture(reason);
+            }
         }
         // What was captured and not committed is read instead: its bits go back.
         self.stop_capturing();
@@ -753,6 +769,7 @@ impl Primary {
         };
         self.agent.tracker()?.release(self.spec.id, &receipt)?;
         self.room_factor = 1;
+        self.inexact = 0;
         self.cut_max_bytes = (self.cut_max_bytes + self.cut_max_bytes / 16).min(self.agent.settings.cut_max_bytes);
         sent.believe(&mut self.known)?;
         self.group.with_live(|live| {

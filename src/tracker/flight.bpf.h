@@ -114,7 +114,7 @@ __attribute__((noinline)) int flight_progress(u64 bio, u32 sectors)
 	struct flight_set *set = flights_of(bio);
 	int way;
 
-	if (!set)
+	if (!set || bio <= FLIGHT_BUSY) // no bio: a free place, or one that is just being taken
 		return 1;
 	for (way = 0; way < FLIGHT_WAYS; way++) {
 		if (set->ways[way].bio != bio)
@@ -142,7 +142,7 @@ static inline_always void flight_refused(u64 bio)
 		slot = set->ways[way].slot;
 		share = bpf_map_lookup_elem(&shares, &slot);
 		if (share)
-			__sync_fetch_and_add(&share->refused, set->ways[way].sectors);
+			__sync_fetch_and_add(&share->refused, set->ways[way].left); // a piece split off before may have been written
 		set->ways[way].bio = 0;
 		return;
 	}

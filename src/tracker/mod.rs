@@ -472,6 +472,12 @@ impl Tracker {
 /// Error: `IDENTITY_CHANGED` when it is gone.
 pub fn capture_excluded(device: &DeviceIdentity) -> Res<Option<String>> {
     let disk = Disk::find(device.major, device.minor)?;
+    if !disk.keeps_account() {
+        return Ok(Some(format!(
+            "{} keeps no statistics (queue/iostats is 0), without which a write that no program saw would not be noticed",
+            disk.device()
+        )));
+    }
     Ok(disk
         .has_atomic_writes()
         .then(|| format!("{} takes atomic writes, of which a read beside them may see a part", disk.device())))

@@ -121,6 +121,17 @@ impl Primary {
         self.capture_refusal.is_none()
     }
 
+    /// From here on cuts are made with a freeze, and `status` says why.
+    pub(super) fn refuse_capture(&mut self, reason: String) {
+        self.group.with_live(|live| {
+            for volume in &mut live.volumes {
+                volume.cut = "freeze".into();
+                volume.cut_reason = Some(reason.clone());
+            }
+        });
+        self.capture_refusal = Some(reason);
+    }
+
     /// Why this group is cut with a freeze; `None` when it is not.
     pub(super) fn refusal(agent: &crate::agent::Agent, volumes: &[Opened]) -> Res<Option<String>> {
         if agent.settings.mode == Mode::Freeze {
