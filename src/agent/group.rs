@@ -122,7 +122,10 @@ impl Group {
 
     /// The ledger's record.
     pub fn record(&self) -> Res<Record> {
-        lock(&self.ledger).record().cloned().ok_or_else(|| Fault::internal(format!("group {}", self.name), "its ledger is empty"))
+        let ledger = lock(&self.ledger);
+        let record = ledger.record().ok_or_else(|| Fault::internal(format!("group {}", self.name), "its ledger is empty"))?;
+        *lock(&self.seen) = record.clone();
+        Ok(record.clone())
     }
 
     /// The ledger's record, or, while somebody works on the ledger, the one before that work.
@@ -137,12 +140,16 @@ impl Group {
 
     /// Edits the record durably.
     pub fn edit_ledger(&self, mut edit: impl FnMut(&mut Record) -> Res<()>) -> Res<()> {
-        lock(&self.ledger)
-            .commit(&mut |record| match record {
-                Some(record) => edit(record),
-                None => Err(Fault::internal("the ledger", "it is empty")),
-            })
-            .map(|_| ())
+        let mut ledger = lock(&self.ledger);
+        ledger.commit(&mut |record| match record {
+            Some(record) => edit(record),
+            None => Err(Fault::internal("the ledger", "it is empty")),
+        })?;
+        // Who peeks while somebody works on the ledger must not be shown what was true before this edit.
+        if let Some(record) = ledger.record() {
+            *lock(&self.seen) = record.clone();
+        }
+        Ok(())
     }
 
     /// The ledger itself, for stages that commit to it.
