@@ -352,6 +352,33 @@ fn cuts_are_exact_beside_the_largest_writes() {
     assert!(summary.bytes > 512 * MIB && tally.rounds > 0, "{summary:?} {tally:?}");
 }
 
+/// A file system of its own for images.
+fn below() -> (Loop, Mount) {
+    let below = Loop::new(128 * MIB);
+    rig::run("mkfs.ext4", &["-q", below.path().to_str().unwrap()]);
+    let mount = Mount::new(below.path(), "ext4", "rw");
+    (below, mount)
+}
+
+/// A run in which writes are in flight before, during and after each cut, which has a stream of its own.
+fn in_flight(name: &'static str, generations: u64, place: &Path) -> Run {
+    let loops = vec![Loop::on(place, 8 * MIB, &["--direct-io=on"]), Loop::on(place, 8 * MIB, &["--direct-io=off"])];
+    let mut run = Run::new(name, seed(), generations, loops);
+    run.setting.frozen_below = Some(place.into());
+    run.setting.rest = Duration::from_millis(30);
+    run.setting.interval = true;
+    run
+}
+
+#[test]
+#[ignore = "needs root: sudo ./dev check kernel"]
+fn what_is_in_flight_all_through_a_cut_is_in_the_next() {
+    listen();
+    let (_below, place) = below();
+    let (tally, ..) = in_flight("in-flight", many(100), place.0.path()).holds();
+    assert!(tally.receipts > 20, "{tally:?}");
+}
+
 /// Makes a partition of a loop device and a node for it in `dir`.
 fn partition(made: &Loop, number: i32, start: u64, bytes: u64, dir: &Path) -> PathBuf {
     #[repr(C)]
@@ -572,10 +599,10 @@ fn faults_in_the_programs_are_found() {
 fn bits_that_go_or_stay_at_the_wrong_time_are_found() {
     listen();
     // Nobody waits for writes in flight, since their completion sets the bit again: without that they are lost.
-    planted("submit-only", |run| {
-        run.setting.kernel = Plant::SubmitOnly;
-        run.setting.interval = true;
-    });
+    let (_below, place) = below();
+    let mut run = in_flight("submit-only", 100, place.0.path());
+    run.setting.kernel = Plant::SubmitOnly;
+    run.must_be_found();
     planted("early-receipts", |run| {
         run.setting.early_receipts = true;
         run.setting.flip_once_in = 3;

@@ -39,6 +39,27 @@ pub struct Setting {
     pub early_receipts: bool,
     /// No receipt ever comes.
     pub no_receipts: bool,
+    /// The file system of the images, frozen from before a generation to its end: what is in flight stays there all the time.
+    pub frozen_below: Option<PathBuf>,
+}
+
+/// A frozen file system.
+struct Frozen(PathBuf);
+
+impl Frozen {
+    fn new(mount: &Path) -> Frozen {
+        crate::rig::run("fsfreeze", &["--freeze", mount.to_str().unwrap()]);
+        Frozen(mount.into())
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let done = std::process::Command::new("fsfreeze").arg("--unfreeze").arg(&self.0).status();
+        if !done.is_ok_and(|status| status.success()) {
+            eprintln!("left frozen: {}", self.0.display());
+        }
+    }
 }
 
 impl Default for Setting {
@@ -54,6 +75,7 @@ impl Default for Setting {
             rest: Duration::ZERO,
             early_receipts: false,
             no_receipts: false,
+            frozen_below: None,
         }
     }
 }
@@ -222,6 +244,12 @@ impl Field {
         if self.setting.death_once_in > 0 && self.dice.once_in(self.setting.death_once_in) {
             self.die();
         }
+        let _frozen = self.setting.frozen_below.as_deref().map(|mount| {
+            let frozen = Frozen::new(mount);
+            // Until something waits for it.
+            std::thread::sleep(Duration::from_millis(5));
+            frozen
+        });
         let flips = self.setting.flip_once_in > 0 && self.dice.once_in(self.setting.flip_once_in);
         let Field { stream, tracker, volumes, setting, tally, .. } = self;
         let tracker = tracker.as_ref().unwrap();
