@@ -219,6 +219,9 @@ impl Stream {
     /// write without room in the ring would have the whole round shipped again. 1. flip 2. the records so far 3. what was missed until
     /// here 4. all of it, with what was gathered, is the round.
     fn large(&mut self, tracker: &Mutex<Tracker>, sources: &[Source<'_>]) -> Res<Step> {
+        if self.plant == StreamPlant::OldOverRound {
+            return Ok(Step::Large(self.all_to_read()));
+        }
         self.flip(tracker)?;
         self.walk()?;
         let missed = self.capture.missed()?;

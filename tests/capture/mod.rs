@@ -19,6 +19,8 @@ pub const GROUP: Uuid = Uuid(*b"group one.......");
 const SCRATCH: &str = "/var/tmp";
 /// So often may a cut be given up in a row, each time after many reads, before the test is.
 const PATIENCE: u32 = 40;
+/// Rounds before a cut, after which there will be none.
+const LARGES_MAX: u32 = 500;
 
 /// How a group is run.
 #[derive(Clone, Debug)]
@@ -269,13 +271,15 @@ impl Field {
             stream.flip(tracker)?;
             tally.flips += 1;
         }
-        let mut given_up = 0;
+        let (mut given_up, mut larges) = (0, 0);
         let bounds = loop {
             let low = now();
             match stream.look(tracker, &sources, self.engine.as_mut(), limits) {
                 Ok(Step::Cut) => break (low, now()),
                 Ok(Step::Large(sets)) => {
                     tally.rounds += 1;
+                    larges += 1;
+                    assert!(larges < LARGES_MAX, "{larges} rounds and no cut");
                     for (number, (set, source)) in (0..).zip(sets.iter().zip(&sources)) {
                         doublure::reader::read(self.engine.as_mut(), source.image, set, &mut |run, bytes| {
                             tally.applied_bytes += bytes.len() as u64;
