@@ -158,11 +158,12 @@ def work():
                     runs.setdefault((way, job), []).append(one)
                     if way == "continuous":
                         counters = rig.group(lab)["counters"]
+                        # Within a burst that outlasts the job no generation may end: then the lag is at least the job's length.
                         if job in ("rand16", "buffered"):
-                            lags.append(counters["lag_p99_ms"])
+                            lags.append(counters["lag_p99_ms"] if counters["lag_p99_ms"] is not None else SECONDS * 1000.0)
                         one["holes"], one["rounds"] = counters["holes"], counters["rounds"]
                         if job == "buffered":
-                            bursts.append(burst(lab, mounts["kept"])[1])
+                            bursts.append(burst(lab, mounts["kept"])[1] or SECONDS * 1000.0)
                     if way == "freeze":
                         stalls.append(rig.group(lab)["counters"]["freeze_max_ms"])
                     rig.say(f"    round {number + 1} {job:<10} {way:<11} {one['iops']:9.0f} IOPS, p99.99 {one['p9999_ms']:8.2f} ms"
