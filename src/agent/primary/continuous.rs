@@ -352,6 +352,13 @@ impl Primary {
             match step {
                 Step::Cut => return Ok(cut_at),
                 Step::Large(sets) => {
+                    // The look has flipped the bitmap: what an earlier generation captured since the last checkpoint is taken now, and goes
+                    // with this receipt. The next checkpoint will not see it, so it is noted here as written.
+                    let tracker = self.agent.tracker()?;
+                    for (checks, volume) in self.checks.iter_mut().zip(&self.spec.volumes) {
+                        checks.took(&tracker.taken(volume.id)?);
+                    }
+                    drop(tracker);
                     let bytes = sets.iter().map(BlockSet::count).sum::<u64>() * BLOCK_BYTES;
                     self.state("catching up with a burst");
                     self.group.with_live(|live| live.counters.rounds += 1);
